@@ -1,0 +1,75 @@
+"""A dataset that was read, checked and split: what the workers get, as one JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tlauto.errors import DataError
+
+Target = int | float | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image.
+
+    Attributes:
+        path: relative to the dataset's root, `/`-separated; absolute when it lies outside.
+        target: class index (multiclass), class indices (multilabel) or value (regression).
+        split: `train`, `val` or `test`.
+        sha256: of the file's bytes.
+    """
+
+    path: str
+    target: Target
+    split: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with targets and split.
+
+    Attributes:
+        root: absolute folder that item paths are relative to.
+        task: `multiclass`, `multilabel` or `regression`.
+        classes: class names in index order; empty for regression.
+        fingerprint: hash of contents, labels and given splits; not of the root or of our own split.
+        modality: what the items are; `image`.
+    """
+
+    root: str
+    task: str
+    classes: tuple[str, ...]
+    items: tuple[Item, ...]
+    fingerprint: str
+    modality: str = "image"
+
+    def part(self, *splits: str) -> tuple[Item, ...]:
+        """The items of these splits, in order."""
+        return tuple(item for item in self.items if item.split in splits)
+
+    def file(self, item: Item) -> Path:
+        """The absolute path of an item."""
+        return Path(self.root, item.path)
+
+    def to_json(self) -> str:
+        """The dataset as JSON; `from_json` reads it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Dataset:
+        """The dataset written by `to_json`; raises DataError when it is not one."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            items = tuple(Item(**{**item, "target": _target(item["target"])}) for item in data.pop("items"))
+            return cls(**{**data, "classes": tuple(data["classes"]), "items": items})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"this is not a tlauto dataset file: {error}") from None
+
+
+def _target(value: Any) -> Target:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,41 @@
+"""The hooks that a plugin may implement, and the marker it implements them with."""
+
+from __future__ import annotations
+
+import pluggy
+
+from tlauto.contracts import BackboneProvider, FreezeStrategy, TaskHead
+
+hookspec = pluggy.HookspecMarker("tlauto")
+hookimpl = pluggy.HookimplMarker("tlauto")
+
+
+@hookspec
+def backbone_providers() -> list[BackboneProvider]:  # type: ignore[empty-body]
+    """Sources of pretrained backbones this plugin offers.
+
+    Called once per process, in the coordinator and again in each worker, so it must not depend on
+    state and must not import the provider's library or torch. All answers are kept; two providers
+    with one name raise DuplicateNameError. An exception marks the plugin as broken and the rest
+    are still asked.
+    """
+
+
+@hookspec
+def freeze_strategies() -> list[FreezeStrategy]:  # type: ignore[empty-body]
+    """Freezing strategies this plugin offers.
+
+    Called once per process, in the coordinator and again in each worker, so it must not depend on
+    state and must not import torch. All answers are kept; two strategies with one name raise
+    DuplicateNameError. An exception marks the plugin as broken and the rest are still asked.
+    """
+
+
+@hookspec
+def task_heads() -> list[TaskHead]:  # type: ignore[empty-body]
+    """Heads this plugin offers.
+
+    Called once per process, in the coordinator and again in each worker, so it must not depend on
+    state and must not import torch. All answers are kept; two heads with one name raise
+    DuplicateNameError. An exception marks the plugin as broken and the rest are still asked.
+    """

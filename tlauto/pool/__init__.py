@@ -1,0 +1,1 @@
+"""Slots and the worker processes that fill them."""

@@ -1,0 +1,38 @@
+"""The training recipe's own search space: optimizer, schedule, augmentation, batch size.
+
+Plain data, so that the coordinator can sample it without torch; `training` consumes it.
+"""
+
+from __future__ import annotations
+
+from tlauto.space import Choice, Float, Int, Space
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+AUGMENT_LEVELS = ("none", "light", "medium", "strong")
+
+# Head learning rates. Features are standardised before the head, so one range serves all backbones.
+OPTIMIZER_SPACES: dict[str, Space] = {
+    "adamw": {"lr": Float(1e-4, 3e-2, default=1e-3, log=True),
+              "weight_decay": Float(1e-4, 1.0, default=1e-2, log=True)},
+    "adam": {"lr": Float(1e-4, 3e-2, default=1e-3, log=True),
+             "weight_decay": Float(1e-6, 1e-2, default=1e-5, log=True)},
+    "sgd": {"lr": Float(1e-3, 0.3, default=1e-2, log=True),
+            "weight_decay": Float(1e-6, 1e-2, default=1e-4, log=True),
+            "momentum": Float(0.8, 0.99, default=0.9)},
+}  # fmt: skip
+"""Parameters `optim.<name>.*`, sampled only when `optim.name` is that optimizer."""
+
+OPTIM_SPACE: Space = {"name": Choice(OPTIMIZERS, "adamw"), "warmup": Float(0.0, 0.3, default=0.1)}
+"""Parameters `optim.*` of every trial; `warmup` is the fraction of all steps, then cosine to 0."""
+
+FINETUNE_SPACE: Space = {
+    "backbone_lr": Float(0.01, 1.0, default=0.1, log=True),
+    "batch_size": Choice((16, 32, 64), 32),
+}
+"""Parameters `finetune.*` of trials that train the backbone; `backbone_lr` multiplies `lr`."""
+
+AUGMENT_SPACE: Space = {"level": Choice(AUGMENT_LEVELS, "light")}
+"""Parameters `augment.*` of trials that train the backbone (frozen trials read cached features)."""
+
+PROBE_SPACE: Space = {"batch_size": Int(16, 256, default=64, log=True)}
+"""Parameters `probe.*` of trials on cached features."""

@@ -1,0 +1,1 @@
+"""What is left when a search ends: refit, test, bundle."""

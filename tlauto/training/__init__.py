@@ -1,0 +1,1 @@
+"""The only part that trains: pixels, features, model, fit loop. Imports torch."""
