@@ -1,0 +1,5 @@
+"""`python -m tlauto` is `tlauto`."""
+
+from tlauto.cli import main
+
+main()

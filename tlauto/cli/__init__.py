@@ -1,0 +1,77 @@
+"""The command line: one module per command, imported only when that command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from tlauto.errors import TlautoError
+
+# name -> (module, one line for --help); spelled out so that --help imports no command.
+COMMANDS = {
+    "search": ("search", "Find the best model for a folder of images."),
+    "doctor": ("doctor", "Check a dataset: unreadable, duplicate, leaking and mislabelled images."),
+    "show": ("show", "Show a search: settings, progress, winner."),
+    "leaderboard": ("leaderboard", "List the trials of a search, best first."),
+    "rerun": ("rerun", "Run one trial again from its stored specification."),
+    "predict": ("predict", "Predict images with a model bundle."),
+    "evaluate": ("evaluate", "Measure a model bundle on a dataset."),
+    "dashboard": ("dashboard", "Open Optuna dashboard on the workspace."),
+    "plugins": ("plugins", "List plugins, what they offer, and which are broken."),
+    "backbones": ("backbones", "List backbones and whether their weights are at hand."),
+    "weights": ("weights", "List, fetch or verify pretrained weights."),
+    "demo-data": ("demo_data", "Write a small dataset of real images to try things on."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command, in the order of `COMMANDS`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now; None when there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"tlauto.cli.{COMMANDS[cmd_name][0]}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tlauto", prog_name="tlauto")
+def app() -> None:
+    """Find the best model that transfer learning can give for your images.
+
+    Example: tlauto search --data ./images
+    """
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; exit 1 on an error of ours, 2 on wrong usage, 130 when interrupted."""
+    try:
+        code = app.main(args=list(args) if args is not None else None, standalone_mode=False)
+    except TlautoError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) went away: not an error of ours.
+        sys.stderr.close()
+        sys.exit(0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
