@@ -1,0 +1,247 @@
+"""What the user asked for: flags > `tlauto.toml` > defaults, validated, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tlauto.contracts import WeightsOptions
+from tlauto.errors import ConfigError, did_you_mean
+from tlauto.space import Scalar
+
+TASKS = ("auto", "multiclass", "multilabel", "regression")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much a search spends by default.
+
+    Attributes:
+        trials: total trials when neither `--trials` nor `--time` is given.
+        candidates: most backbones that are screened.
+        finetune_epochs: most epochs of a trial that trains the backbone.
+        cpu_epoch_images: images of such an epoch on CPU, so that pruning can act in minutes; None
+            is the whole training part, as always on a GPU.
+        strategies: freezing strategies searched unless `--strategies` says otherwise; empty is all.
+    """
+
+    trials: int
+    candidates: int
+    finetune_epochs: int
+    cpu_epoch_images: int | None
+    strategies: tuple[str, ...] = ()
+
+
+PRESETS = {
+    "fast": Preset(12, 4, 4, 256, ("feature_extraction", "partial")),
+    "balanced": Preset(30, 8, 8, 512),
+    "best": Preset(100, 12, 30, None),
+}
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search as the user asked for it; see `tlauto search --help` for each value.
+
+    `trials` and `time_s` (seconds) are totals over all runs of the study; None leaves that side
+    open. `params` fixes parameters by their dotted names.
+    """
+
+    data: str
+    out: str = "./tlauto-runs"
+    study: str | None = None
+    task: str = "auto"
+    metric: str | None = None
+    trials: int | None = None
+    time_s: float | None = None
+    backbones: tuple[str, ...] = ()
+    strategies: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+    preset: str = "balanced"
+    devices: str = "auto"
+    workers: int | None = None
+    seed: int = 0
+    weights: Mapping[str, str] = field(default_factory=dict)
+    weights_dir: str | None = None
+    offline: bool = False
+    pretrained: bool = True
+    storage: str | None = None
+    new: bool = False
+    allow_leaks: bool = False
+    label_column: str | None = None
+    path_column: str | None = None
+    group_column: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def recipe(self) -> Preset:
+        """The preset's numbers."""
+        return PRESETS[self.preset]
+
+    @property
+    def max_trials(self) -> int | None:
+        """The total of trials; None when only time limits the search."""
+        if self.trials is None and self.time_s is None:
+            return self.recipe.trials
+        return self.trials
+
+    @property
+    def weights_options(self) -> WeightsOptions:
+        """Where weights may come from."""
+        return WeightsOptions(dict(self.weights), self.weights_dir, self.offline, self.pretrained)
+
+    def to_json(self) -> str:
+        """The configuration as JSON; `from_json` reads it."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchConfig:
+        """The configuration written by `to_json`."""
+        data = json.loads(text)
+        for name in ("backbones", "strategies", "heads"):
+            data[name] = tuple(data[name])
+        return cls(**data)
+
+
+# A resumed search must agree on these; budgets, devices and folders may change.
+IDENTITY = ("task", "metric", "backbones", "strategies", "heads", "params", "preset", "seed", "pretrained")
+PATHS = ("data", "out", "weights_dir")
+
+
+def resolve(flags: Mapping[str, Any], *, folder: Path | None = None) -> SearchConfig:
+    """Flags (None means not given) over the `[search]` table of `tlauto.toml` over defaults.
+
+    Args:
+        folder: where `tlauto.toml` is looked for; the current folder by default.
+
+    Raises: ConfigError for an unknown key, a wrong type or an impossible value.
+    """
+    values = _read_toml((folder or Path.cwd()) / "tlauto.toml")
+    values.update({name: value for name, value in flags.items() if value is not None})
+    values.setdefault("weights_dir", os.environ.get("TLAUTO_WEIGHTS") or None)
+    if "data" not in values:
+        raise ConfigError("no dataset; name one with --data PATH")
+    for name in PATHS:
+        if values.get(name):
+            values[name] = str(Path(values[name]).expanduser().resolve())
+    values.setdefault("out", str(Path("./tlauto-runs").resolve()))
+    return SearchConfig(**values)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a duration such as `90`, `90s`, `30m`, `1.5h` or `1h30m`; raises ConfigError."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip().lower())
+    if not parts or "".join(n + u for n, u in parts) != text.strip().lower().replace(" ", ""):
+        raise ConfigError(f"'{text}' is not a duration; write for example 90s, 30m or 1h30m")
+    seconds = sum(float(n) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[u] for n, u in parts)
+    if seconds <= 0:
+        raise ConfigError(f"the time '{text}' must be more than zero")
+    return seconds
+
+
+def parse_params(pairs: tuple[str, ...]) -> dict[str, Scalar]:
+    """`NAME=VALUE` pairs as values: JSON scalars where they parse, text otherwise."""
+    params: dict[str, Scalar] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set '{pair}' is not NAME=VALUE, for example optim.adamw.lr=0.001")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        params[name] = text if isinstance(value, (list, dict)) else value
+    return params
+
+
+def differences(old: SearchConfig, new: SearchConfig) -> list[str]:
+    """A clause for each setting in which a resumed search must agree but does not."""
+    clauses = []
+    for name in IDENTITY:
+        before, now = getattr(old, name), getattr(new, name)
+        if before != now:
+            clauses.append(f"{name} was {_shown(before)} and is now {_shown(now)}")
+    return clauses
+
+
+def _check(config: SearchConfig) -> None:
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise ConfigError(message)
+
+    refuse(config.task not in TASKS, f"unknown task '{config.task}'; choose from {', '.join(TASKS)}")
+    refuse(
+        config.preset not in PRESETS, f"unknown preset '{config.preset}'; choose from {', '.join(PRESETS)}"
+    )
+    refuse(
+        config.trials is not None and config.trials < 1, f"--trials must be at least 1, not {config.trials}"
+    )
+    refuse(config.time_s is not None and config.time_s <= 0, "--time must be more than zero")
+    refuse(
+        config.workers is not None and not 0 <= config.workers <= 512,
+        f"--workers must be from 0 to 512, not {config.workers}",
+    )
+    refuse(not 0 <= config.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, not {config.seed}")
+    name = config.study
+    refuse(
+        name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name),
+        f"the study name '{name}' may hold letters, digits, '.', '_' and '-' only (at most 100)",
+    )
+    refuse(
+        bool(config.weights_dir) and not Path(str(config.weights_dir)).is_dir(),
+        f"the weights folder '{config.weights_dir}' does not exist; give --weights-dir an existing folder",
+    )
+    for id, path in config.weights.items():
+        refuse(":" not in id, f"--weights '{id}' is not PROVIDER:NAME=PATH, for example timm:resnet18=FILE")
+        refuse(not Path(path).is_file(), f"the weights file '{path}' for {id} does not exist")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    search = table.pop("search", {})
+    known = {f.name for f in dataclasses.fields(SearchConfig)} | {"time"}
+    if table:
+        raise ConfigError(f"{path}: unknown table '{next(iter(table))}'; settings stand under [search]")
+    return {
+        name: value for key, given in search.items() for name, value in [_toml_value(path, key, given, known)]
+    }
+
+
+def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str, Any]:
+    name = key.replace("-", "_")
+    if name not in known:
+        raise ConfigError(f"{path}: unknown setting '{key}'{did_you_mean(name, known)}")
+    if name == "time":
+        return "time_s", parse_seconds(str(value))
+    if name in ("backbones", "strategies", "heads"):
+        return name, tuple(value.split(",")) if isinstance(value, str) else tuple(map(str, value))
+    expected: dict[str, type | tuple[type, ...]] = {
+        "trials": int, "workers": int, "seed": int, "time_s": (int, float),
+        "offline": bool, "pretrained": bool, "new": bool, "allow_leaks": bool,
+        "params": dict, "weights": dict,
+    }  # fmt: skip
+    kind = expected.get(name, str)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{path}: '{key}' is {value!r}, which is not the kind of value it takes")
+    return name, value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "not set"
+    return "not set" if value is None or value == {} else str(value)

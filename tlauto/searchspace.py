@@ -1,0 +1,92 @@
+"""The conditional space of one search, as data: walked to sample it, to default it, to check it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tlauto import recipe
+from tlauto.contracts import FreezeStrategy, TaskHead, trains_backbone
+from tlauto.errors import ConfigError, did_you_mean
+from tlauto.space import Choice, Parameter, Scalar, Space
+
+Pick = Callable[[str, Parameter], Scalar]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Backbones x strategies x heads and the parameters that each brings.
+
+    Attributes:
+        backbones: ids, in order of their priors, best first.
+        fixed: values by dotted name that are not searched.
+    """
+
+    backbones: tuple[str, ...]
+    strategies: tuple[FreezeStrategy, ...]
+    heads: tuple[TaskHead, ...]
+    loss: Space
+    fixed: Mapping[str, Scalar]
+
+    def __post_init__(self) -> None:
+        known = dict(self._every())
+        for name, value in self.fixed.items():
+            if name not in known:
+                raise ConfigError(
+                    f"no parameter '{name}' in this search{did_you_mean(name, known)} "
+                    f"(known: {', '.join(sorted(known))})"
+                )
+            try:
+                known[name].check(value)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+
+    def walk(self, pick: Pick) -> dict[str, Scalar]:
+        """One point: `pick(name, parameter)` is asked for each name that applies, in order."""
+        values: dict[str, Scalar] = {}
+
+        def take(owner: str, space: Space) -> None:
+            for name, parameter in space.items():
+                key = f"{owner}.{name}" if owner else name
+                values[key] = parameter.check(self.fixed[key]) if key in self.fixed else pick(key, parameter)
+
+        take("", {"backbone": Choice(self.backbones, self.backbones[0])})
+        take("", {"strategy": _choice(self.strategies)})
+        strategy = next(s for s in self.strategies if s.name == values["strategy"])
+        take(f"freeze.{strategy.name}", strategy.space)
+        take("", {"head": _choice(self.heads)})
+        head = next(h for h in self.heads if h.name == values["head"])
+        take(f"head.{head.name}", head.space)
+        take("loss", self.loss)
+        take("optim", recipe.OPTIM_SPACE)
+        take(f"optim.{values['optim.name']}", recipe.OPTIMIZER_SPACES[str(values["optim.name"])])
+        for owner, space in _training_spaces(trains_backbone(strategy)):
+            take(owner, space)
+        return values
+
+    def defaults(self, **chosen: str) -> dict[str, Scalar]:
+        """The point of all defaults, with backbone, strategy or head as given."""
+        return self.walk(lambda name, parameter: chosen.get(name, parameter.default))
+
+    def _every(self) -> Iterator[tuple[str, Parameter]]:
+        """Each parameter that any point has, by dotted name."""
+        spaces: list[tuple[str, Space]] = [(f"freeze.{s.name}", s.space) for s in self.strategies]
+        spaces += [(f"head.{h.name}", h.space) for h in self.heads]
+        spaces += [("loss", self.loss), ("optim", recipe.OPTIM_SPACE)]
+        spaces += [(f"optim.{name}", space) for name, space in recipe.OPTIMIZER_SPACES.items()]
+        for strategy in self.strategies:
+            spaces += _training_spaces(trains_backbone(strategy))
+        for owner, space in spaces:
+            for name, parameter in space.items():
+                yield f"{owner}.{name}", parameter
+
+
+def _training_spaces(is_trained: bool) -> list[tuple[str, Space]]:
+    if is_trained:
+        return [("finetune", recipe.FINETUNE_SPACE), ("augment", recipe.AUGMENT_SPACE)]
+    return [("probe", recipe.PROBE_SPACE)]
+
+
+def _choice(offers: Sequence[FreezeStrategy] | Sequence[TaskHead]) -> Choice:
+    names = tuple(offer.name for offer in offers)
+    return Choice(names, names[0])
