@@ -1,0 +1,62 @@
+"""Starting the command line must stay instant: no heavy library until a command needs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tlauto.cli import COMMANDS
+
+HEAVY = (
+    "torch",
+    "torchvision",
+    "keras",
+    "timm",
+    "optuna",
+    "sqlalchemy",
+    "PIL",
+    "numpy",
+    "sklearn",
+    "safetensors",
+)
+REPORT = f"import json, sys; print(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))"
+
+
+def _heavy_after(code: str) -> list[str]:
+    """The heavy libraries that a fresh interpreter has loaded after `code` (its last line of output)."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{REPORT}"], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    found: list[str] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def _run_command(*words: str) -> str:
+    call = f"tlauto.cli.main({list(words)!r})"
+    return (
+        f"import tlauto.cli\ntry:\n    {call}\nexcept SystemExit as end:\n    assert not end.code, end.code"
+    )
+
+
+def test_importing_tlauto_loads_no_heavy_library() -> None:
+    assert _heavy_after("import tlauto") == []
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("--version",), ("plugins",), ("plugins", "--json")], ids=" ".join
+)
+def test_a_light_command_loads_no_heavy_library(words: tuple[str, ...]) -> None:
+    assert _heavy_after(_run_command(*words)) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_loads_no_heavy_library(command: str) -> None:
+    assert _heavy_after(_run_command(command, "--help")) == []
+
+
+def test_the_report_would_show_a_heavy_library() -> None:
+    assert _heavy_after("import numpy") == ["numpy"]
