@@ -1,0 +1,165 @@
+"""What coordinator and worker say to each other: one JSON object a line, `type` names the dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tlauto.contracts import (
+    BackboneInfo,
+    EpochResult,
+    TrialDone,
+    TrialFailed,
+    TrialSpec,
+    WeightsOptions,
+    WeightsStatus,
+    spec_from_json,
+)
+
+# --- to the worker --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Expand backbone globs, check their weights, build what is at hand.
+
+    Attributes:
+        patterns: globs over `provider:name`; empty means every shortlist and the weights folder.
+        limit: most candidates wanted, best prior first; explicit patterns are not limited.
+    """
+
+    patterns: tuple[str, ...]
+    weights: WeightsOptions
+    limit: int
+
+
+@dataclass(frozen=True)
+class RunTrial:
+    """Run a trial; the worker sends `EpochResult`s and waits for an `Answer` to each."""
+
+    spec: TrialSpec
+
+
+@dataclass(frozen=True)
+class WriteBundle:
+    """Write a finished trial as a model bundle.
+
+    Attributes:
+        metrics: as in `TrialDone.metrics`, measured on `evaluated_on`.
+        note: a sentence for the model card, or empty.
+    """
+
+    spec: TrialSpec
+    done: TrialDone
+    info: BackboneInfo
+    folder: str
+    evaluated_on: str
+    comparison: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """After an `EpochResult`: go on or stop here."""
+
+    go_on: bool
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process."""
+
+
+# --- from the worker --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker is up."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backbone that can be searched, or why it cannot."""
+
+    info: BackboneInfo
+    status: WeightsStatus
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class PreflightDone:
+    """What preflight found. `unmatched` are patterns that no backbone matches."""
+
+    candidates: tuple[Candidate, ...]
+    unmatched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BundleDone:
+    """The bundle was written."""
+
+    folder: str
+    number: int
+
+
+@dataclass(frozen=True)
+class JobFailed:
+    """A job other than a trial failed; `message` is one sentence."""
+
+    message: str
+    detail: str = field(default="")
+
+
+Message = (
+    Preflight | RunTrial | WriteBundle | Answer | Stop | Ready | Note | PreflightDone | BundleDone | JobFailed
+    | EpochResult | TrialDone | TrialFailed
+)  # fmt: skip
+_TYPES: dict[str, Any] = {t.__name__: t for t in Message.__args__}
+
+
+def encode(message: Message) -> str:
+    """One line of JSON."""
+    return json.dumps({"type": type(message).__name__, **dataclasses.asdict(message)})
+
+
+def decode(line: str) -> Message:
+    """The message of a line; raises ValueError when it is none."""
+    data = json.loads(line)
+    if not isinstance(data, dict) or data.get("type") not in _TYPES:
+        raise ValueError(f"not a message: {line[:200]}")
+    kind = _TYPES[data.pop("type")]
+    return _restore(kind, data)
+
+
+def _restore(kind: Any, data: dict[str, Any]) -> Message:
+    if "spec" in data:
+        data["spec"] = spec_from_json(json.dumps(data["spec"]))
+    if "done" in data:
+        data["done"] = TrialDone(**data["done"])
+    if "info" in data:
+        data["info"] = BackboneInfo(**data["info"])
+    if "weights" in data:
+        data["weights"] = WeightsOptions(**data["weights"])
+    if kind is PreflightDone:
+        data["candidates"] = tuple(_candidate(entry) for entry in data["candidates"])
+    for name in ("patterns", "unmatched"):
+        if name in data:
+            data[name] = tuple(data[name])
+    message: Message = kind(**data)
+    return message
+
+
+def _candidate(entry: Mapping[str, Any]) -> Candidate:
+    return Candidate(BackboneInfo(**entry["info"]), WeightsStatus(**entry["status"]), entry["problem"])

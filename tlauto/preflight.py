@@ -1,0 +1,125 @@
+"""Before any trial: which backbones match, are their weights to be had, do they build."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+
+from tlauto.contracts import BackboneInfo, WeightsOptions, WeightsStatus
+from tlauto.errors import TlautoError, UnknownNameError, WeightsError
+from tlauto.plugins import Registry
+from tlauto.pool.protocol import Candidate, Preflight, PreflightDone
+
+Say = Callable[[str], None]
+
+
+def check_backbones(job: Preflight, registry: Registry, *, note: Say) -> PreflightDone:
+    """The candidates of a search, built once each, so that nothing of this fails in a trial.
+
+    With patterns, every match is checked and its problem, if any, is told. Without, candidates come
+    from the shortlists and the weights folder, weights at hand first, and those with a problem are
+    passed over with a note.
+    """
+    if job.patterns:
+        found, unmatched = _match(job.patterns, registry, job.weights)
+        checked = [_check(info, registry, job.weights) for info in found]
+        return PreflightDone(tuple(checked), unmatched)
+    return PreflightDone(tuple(_choose(job, registry, note)))
+
+
+def order(infos: Iterable[BackboneInfo]) -> list[BackboneInfo]:
+    """Best prior first: a provider's default, then known accuracy, then the id."""
+    return sorted(infos, key=lambda info: (not info.is_default, -(info.accuracy or 0.0), info.id))
+
+
+def _match(
+    patterns: Iterable[str], registry: Registry, weights: WeightsOptions
+) -> tuple[list[BackboneInfo], tuple[str, ...]]:
+    found: dict[str, BackboneInfo] = {}
+    unmatched = []
+    for pattern in patterns:
+        matches = list(matching(pattern, registry, weights))
+        found.update({info.id: info for info in matches})
+        if not matches:
+            unmatched.append(pattern)
+    return list(found.values()), tuple(unmatched)
+
+
+def matching(pattern: str, registry: Registry, weights: WeightsOptions) -> Iterable[BackboneInfo]:
+    """All backbones of all providers that a glob over `provider:name` matches.
+
+    A pattern without a colon is looked for in every provider. Raises: UnknownNameError when the
+    part before the colon matches no provider.
+    """
+    provider_glob, colon, name_glob = pattern.partition(":")
+    if not colon:
+        provider_glob, name_glob = "*", pattern
+    names = [n for n in registry.names("backbone_providers") if fnmatch.fnmatchcase(n, provider_glob)]
+    if not names:
+        registry.provider(provider_glob)  # says which providers there are
+    for name in names:
+        yield from registry.provider(name).find(name_glob, weights)
+
+
+def _choose(job: Preflight, registry: Registry, note: Say) -> list[Candidate]:
+    """Up to `limit` working candidates: at hand first, then downloadable ones while that works."""
+    states: dict[str, list[tuple[BackboneInfo, WeightsStatus]]] = {}
+    for info in order(offered(registry, job.weights, note)):
+        status = registry.provider(info.provider).weights_status(info.id, job.weights)
+        states.setdefault(status.state, []).append((info, status))
+    chosen: list[Candidate] = []
+    unreachable: set[str] = set()
+    at_hand, downloadable = states.get("at_hand", []), states.get("downloadable", [])
+    for info, status in [*at_hand, *downloadable]:
+        if len(chosen) >= job.limit or info.provider in unreachable:
+            continue
+        candidate = _check(info, registry, job.weights)
+        if not candidate.problem:
+            chosen.append(candidate)
+            continue
+        note(f"{info.id} is left out: {candidate.problem}")
+        if status.state == "downloadable":
+            unreachable.add(info.provider)  # one failed download says enough about the network
+    return chosen
+
+
+def offered(registry: Registry, weights: WeightsOptions, note: Say) -> list[BackboneInfo]:
+    """The shortlists of all providers and what the user's weights add to them."""
+    found: dict[str, BackboneInfo] = {}
+    for name in registry.names("backbone_providers"):
+        provider = registry.provider(name)
+        found.update({info.id: info for info in provider.shortlist()})
+        try:
+            local = local_backbones(provider.find("*", weights), registry, weights)
+        except TlautoError as error:
+            note(f"provider '{name}' is left out: {error}")
+            continue
+        found.update({info.id: found.get(info.id, info) for info in local})
+    return list(found.values())
+
+
+def local_backbones(
+    infos: Iterable[BackboneInfo], registry: Registry, weights: WeightsOptions
+) -> list[BackboneInfo]:
+    """Those whose weights the user gave, as a file or in the folder."""
+    if not weights.folder and not weights.files:
+        return []
+    local = []
+    for info in infos:
+        status = registry.provider(info.provider).weights_status(info.id, weights)
+        in_folder = bool(weights.folder and status.path and status.path.startswith(weights.folder))
+        if info.id in weights.files or in_folder:
+            local.append(info)
+    return local
+
+
+def _check(info: BackboneInfo, registry: Registry, weights: WeightsOptions) -> Candidate:
+    provider = registry.provider(info.provider)
+    status = provider.weights_status(info.id, weights)
+    if status.state == "missing" and weights.pretrained:
+        return Candidate(info, status, status.detail)
+    try:
+        provider.load(info.id, weights)
+    except (WeightsError, UnknownNameError) as error:
+        return Candidate(info, status, str(error))
+    return Candidate(info, status)

@@ -1,0 +1,235 @@
+"""The only module that knows Optuna: propose trials, record their course, decide what to prune."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from tlauto.errors import StoreError
+from tlauto.searchspace import SearchSpace
+from tlauto.space import Choice, Float, Int, Parameter, Scalar
+
+FORMAT = 1
+INTERRUPTED = "interrupted"
+"""Error kind of a trial that was cut off; it does not count and is proposed again on resume."""
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as the study knows it. `state` is waiting, running, complete, pruned or failed."""
+
+    number: int
+    state: str
+    params: Mapping[str, Scalar]
+    score: float | None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts towards the total of trials."""
+        return self.state in ("complete", "pruned", "failed") and self.attrs.get("error_kind") != INTERRUPTED
+
+
+class Study:
+    """One Optuna study of ours in a database.
+
+    Raises: StoreError when a study of that name exists that tlauto did not make.
+    """
+
+    def __init__(self, url: str, name: str, *, seed: int, create: bool) -> None:
+        self.name = name
+        self.seed = seed
+        self._storage = _storage(url)
+        existing = {study.study_name for study in optuna.get_all_study_summaries(self._storage)}
+        if name not in existing and not create:
+            raise StoreError(f"the database has no study '{name}' ('tlauto show' lists what it has)")
+        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=3, n_warmup_steps=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=name,
+                direction="maximize",
+                pruner=pruner,
+                load_if_exists=True,
+            )
+        self._running: dict[int, optuna.Trial] = {}
+        if name not in existing:
+            self._study.set_user_attr("tlauto_format", FORMAT)
+        elif self._study.user_attrs.get("tlauto_format") != FORMAT:
+            raise StoreError(
+                f"the study '{name}' in this database was not made by this version of tlauto; choose another "
+                f"name with --study NAME"
+            )
+
+    def set_metric(self, metric: str) -> None:
+        """Name the score, for the dashboard."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names([metric])
+
+    # --- proposing --------------------------------------------------------------------------------
+
+    def enqueue(self, params: Mapping[str, Scalar], *, purpose: str) -> None:
+        """Propose this point before anything the sampler would; the caller has validated it."""
+        self._study.enqueue_trial(dict(params), user_attrs={"purpose": purpose})
+
+    def ask(self, space: SearchSpace, *, kept: Collection[str] = ()) -> TrialRecord:
+        """The next point: what is enqueued, else TPE's proposal among the backbones in `kept`.
+
+        The sampler is seeded by the study's seed and the trial's number, so that what is proposed
+        depends on the recorded trials alone, not on how often the search was stopped.
+        """
+        number = len(self._study.get_trials(deepcopy=False))
+        waiting = [t.number for t in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
+        seed = random.Random(f"{self.seed}/{min(waiting, default=number)}").randrange(2**31)
+        self._study.sampler = _sampler(seed, frozenset(kept))
+        trial = self._study.ask()
+        params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
+        self._running[trial.number] = trial
+        purpose = trial.user_attrs.get("purpose", "search")
+        trial.set_user_attr("purpose", purpose)
+        return TrialRecord(trial.number, "running", params, None, {"purpose": purpose})
+
+    # --- recording --------------------------------------------------------------------------------
+
+    def note(self, number: int, **values: Any) -> None:
+        """Attach readable facts to a running trial; the dashboard shows them."""
+        for key, value in values.items():
+            self._running[number].set_user_attr(key, value)
+
+    def report(self, number: int, epoch: int, score: float) -> bool:
+        """Record an epoch's score; True when the trial should stop."""
+        trial = self._running[number]
+        trial.report(score, epoch)
+        return trial.should_prune()
+
+    def tell(self, number: int, score: float, *, is_pruned: bool = False) -> None:
+        """End a trial with its score."""
+        trial = self._running.pop(number)
+        if is_pruned:
+            # Optuna takes the last reported value for a pruned trial: ours is the best epoch's.
+            trial.set_user_attr("score", score)
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, score)
+
+    def fail(self, number: int, *, kind: str, message: str) -> None:
+        """End a trial as failed; `kind` INTERRUPTED is not counted."""
+        trial = self._running.pop(number)
+        trial.set_user_attr("error_kind", kind)
+        trial.set_user_attr("error", message)
+        self._study.tell(trial, state=TrialState.FAIL)
+
+    def requeue_interrupted(self) -> list[int]:
+        """Fail the trials that a dead coordinator left running and propose them again, once each.
+
+        Returns: their numbers.
+        """
+        left = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for frozen in left:
+            self._running[frozen.number] = optuna.Trial(self._study, frozen._trial_id)
+            self.fail(frozen.number, kind=INTERRUPTED, message="the search was stopped during this trial")
+        done = {t.number for t in self._study.get_trials(deepcopy=False) if _kind(t) == INTERRUPTED}
+        again = {t.user_attrs.get("retry_of") for t in self._study.get_trials(deepcopy=False)}
+        for number in sorted(done - again):
+            frozen = self._study.get_trials(deepcopy=False)[number]
+            attrs = {"purpose": frozen.user_attrs.get("purpose", "search"), "retry_of": number}
+            if frozen.params and "retry_of" not in frozen.user_attrs:
+                self._study.enqueue_trial(frozen.params, user_attrs=attrs)
+        return [frozen.number for frozen in left]
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def trials(self) -> list[TrialRecord]:
+        """All trials in order of number."""
+        return [_record(trial) for trial in self._study.get_trials(deepcopy=False)]
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """Numbers of the trials this coordinator has running."""
+        return tuple(self._running)
+
+
+class _KeptSampler(optuna.samplers.TPESampler):
+    """TPE that proposes only some of the backbones.
+
+    A categorical's choices cannot change within a study, so what screening drops stays in the
+    distribution; proposals outside `kept` are drawn again.
+    """
+
+    def __init__(self, kept: frozenset[str], seed: int) -> None:
+        super().__init__(n_startup_trials=8, multivariate=True, group=True, constant_liar=True, seed=seed)
+        self._kept = kept
+        self._choice = random.Random(seed)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        for _ in range(20):
+            params = super().sample_relative(study, trial, search_space)
+            if not self._kept or params.get("backbone", next(iter(self._kept))) in self._kept:
+                return params
+        return {**params, "backbone": self._choice.choice(sorted(self._kept))}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        if param_name == "backbone" and self._kept:
+            return self._choice.choice(sorted(self._kept))
+        return super().sample_independent(study, trial, param_name, param_distribution)
+
+
+def _sampler(seed: int, kept: frozenset[str]) -> optuna.samplers.BaseSampler:
+    with warnings.catch_warnings():
+        # group=True is marked experimental; it is what a conditional space needs.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return _KeptSampler(kept, seed)
+
+
+class _TunedConnection(sqlite3.Connection):
+    """A connection that syncs at checkpoints only: safe in WAL mode, and half of a report's time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA synchronous=NORMAL")
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    arguments = {"timeout": 60, "factory": _TunedConnection} if url.startswith("sqlite") else {}
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
+    except RuntimeError as error:
+        cause = str(error).splitlines()[0]
+        raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
+
+
+def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:
+    match parameter:
+        case Float():
+            return trial.suggest_float(name, parameter.low, parameter.high, log=parameter.log)
+        case Int():
+            return trial.suggest_int(name, parameter.low, parameter.high, log=parameter.log)
+        case Choice():
+            value: Scalar = trial.suggest_categorical(name, parameter.values)
+            return value
+
+
+def _kind(trial: FrozenTrial) -> str | None:
+    return trial.user_attrs.get("error_kind")
+
+
+def _record(trial: FrozenTrial) -> TrialRecord:
+    state = {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
+    score = trial.user_attrs.get("score") if trial.state == TrialState.PRUNED else trial.value
+    return TrialRecord(trial.number, state, trial.params, score, trial.user_attrs)

@@ -1,0 +1,156 @@
+"""The worker: a function from jobs to messages. It knows nothing of Optuna or SQL.
+
+As a process it reads jobs from standard input and writes messages to standard output, both as
+lines of JSON; what libraries print goes to its log (standard error).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from tlauto.contracts import EpochResult, TrialFailed, TrialSpec
+from tlauto.data import Dataset
+from tlauto.errors import TlautoError, TrialError
+from tlauto.plugins import registry
+from tlauto.pool.protocol import (
+    Answer,
+    BundleDone,
+    JobFailed,
+    Message,
+    Note,
+    Preflight,
+    Ready,
+    RunTrial,
+    Stop,
+    WriteBundle,
+    decode,
+    encode,
+)
+
+Send = Callable[[Message], None]
+Receive = Callable[[], Message]
+
+
+def serve(receive: Receive, send: Send, device: str) -> None:
+    """Do jobs until told to stop."""
+    send(Ready(os.getpid()))
+    while not isinstance(job := receive(), Stop):
+        try:
+            _do(job, receive, send, device)
+        except TlautoError as error:
+            send(JobFailed(str(error), traceback.format_exc()))
+        except Exception as error:  # noqa: BLE001 whatever a plugin or library raises is this job's failure
+            send(JobFailed(_sentence(error), traceback.format_exc()))
+
+
+def _do(job: Message, receive: Receive, send: Send, device: str) -> None:
+    if isinstance(job, RunTrial):
+        _run_trial(job.spec, receive, send, device)
+    elif isinstance(job, Preflight):
+        from tlauto.preflight import check_backbones
+
+        send(check_backbones(job, registry(), note=lambda text: send(Note(text))))
+    elif isinstance(job, WriteBundle):
+        send(_write_bundle(job, device))
+
+
+def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> None:
+    """Run a trial and send how it ended; every failure is a message, never an exception."""
+    from tlauto.training.fit import run_trial
+
+    def on_epoch(result: EpochResult) -> bool:
+        send(result)
+        answer = receive()
+        return isinstance(answer, Answer) and answer.go_on
+
+    try:
+        Path(spec.folder).mkdir(parents=True, exist_ok=True)
+        dataset = _dataset(spec.dataset)
+        done = run_trial(spec, registry(), dataset, device=device, on_epoch=on_epoch)
+    except TrialError as error:
+        send(TrialFailed(spec.number, error.kind, str(error), traceback.format_exc()))
+    except Exception as error:  # noqa: BLE001 a plugin's model may raise anything; the search goes on
+        kind = "out of memory" if isinstance(error, MemoryError) else "error"
+        send(TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc()))
+    else:
+        send(done)
+
+
+_datasets: dict[str, tuple[float, Dataset]] = {}
+
+
+def _dataset(path: str) -> Dataset:
+    """The dataset of a file, kept between trials while the file does not change."""
+    changed = Path(path).stat().st_mtime
+    if path not in _datasets or _datasets[path][0] != changed:
+        _datasets[path] = (changed, Dataset.from_json(Path(path).read_text(encoding="utf-8")))
+    return _datasets[path][1]
+
+
+def _write_bundle(job: WriteBundle, device: str) -> BundleDone:
+    from tlauto.results.bundle import save_bundle
+    from tlauto.training.model import restore
+
+    dataset = _dataset(job.spec.dataset)
+    checkpoint = Path(job.spec.folder) / job.done.checkpoint
+    save_bundle(
+        Path(job.folder),
+        classifier=restore(job.spec, registry(), dataset, checkpoint, device),
+        spec=job.spec,
+        dataset=dataset,
+        info=job.info,
+        done=job.done,
+        evaluated_on=job.evaluated_on,
+        comparison=job.comparison,
+    )
+    return BundleDone(job.folder, job.spec.number)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
+
+
+def main() -> None:
+    """Entry of the worker process: `python -m tlauto.worker DEVICE`."""
+    device = sys.argv[1]
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print must not reach the coordinator
+    jobs: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
+    _use_threads()
+
+    def send(message: Message) -> None:
+        out.write(encode(message) + "\n")
+        out.flush()
+
+    serve(jobs.get, send, device)
+    # Libraries may have left threads behind; nothing is unsaved here.
+    out.close()
+    os._exit(0)
+
+
+def _read_jobs(jobs: queue.SimpleQueue[Message]) -> None:
+    for line in sys.stdin:
+        jobs.put(decode(line))
+    # End of input: the coordinator is gone, whatever we are doing is for nobody.
+    os._exit(0)
+
+
+def _use_threads() -> None:
+    """Arithmetic threads of this worker, as its slot says."""
+    threads = int(os.environ.get("TLAUTO_THREADS", "0"))
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()
