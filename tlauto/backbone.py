@@ -1,0 +1,246 @@
+"""A ready-made `Backbone` for an ordinary PyTorch network, and stages for any of them.
+
+A provider builds a network, names its stages and says how it gives features; `TorchBackbone` does
+the rest. This module imports torch: import it inside functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from tlauto.contracts import Backbone, FeatureShape, ImageInput
+from tlauto.errors import ConfigError, PluginError, did_you_mean
+
+Features = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+"""From a module and normalised images (N, 3, H, W) to features."""
+
+
+def mean_of_map(module: nn.Module, maps: torch.Tensor) -> torch.Tensor:
+    """Global average (N, C) of feature maps (N, C, H, W); `module` is not looked at."""
+    return maps.mean(dim=(2, 3))
+
+
+class TorchBackbone:
+    """A `Backbone` for an `nn.Module` that takes normalised images (N, 3, H, W).
+
+    Args:
+        module: the network without its classifier.
+        input: what it expects.
+        stages: names of its parameters, stem first, every parameter exactly once.
+        pooled: features (N, D) of (module, images); None averages `unpooled` over the map.
+        unpooled: features (N, C, H, W) of (module, images).
+
+    `feature_shape` is measured with one forward pass at `input.size`, never read from the network's
+    own claims. Raises: PluginError when the stages do not hold every parameter exactly once or the
+    features have another number of dimensions.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input: ImageInput,
+        stages: Iterable[Iterable[str]],
+        *,
+        unpooled: Features,
+        pooled: Features | None = None,
+    ) -> None:
+        self.module = module
+        self.input = input
+        self.stages = tuple(tuple(stage) for stage in stages)
+        self._pooled = pooled
+        self._unpooled = unpooled
+        _check_stages(module, self.stages)
+        self.feature_shape = self._measure()
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (N, D) of normalised images (N, 3, H, W)."""
+        if self._pooled is None:
+            return mean_of_map(self.module, self._unpooled(self.module, images))
+        return self._pooled(self.module, images)
+
+    def unpooled(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (N, C, H, W) of normalised images (N, 3, H, W), before global pooling."""
+        return self._unpooled(self.module, images)
+
+    def set_trainable(self, names: Collection[str]) -> None:
+        """Let exactly these parameters learn; raises ConfigError for a name it does not have."""
+        parameters = dict(self.module.named_parameters())
+        for name in names:
+            if name not in parameters:
+                raise ConfigError(f"the backbone has no parameter '{name}'{did_you_mean(name, parameters)}")
+        wanted = set(names)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in wanted)
+
+    def set_training(self, training: bool) -> None:
+        """Training or inference mode; what is frozen stays in inference mode either way.
+
+        A subtree in which nothing learns is frozen, so its dropout and stochastic depth are off. A
+        BatchNorm is frozen unless all its parameters learn. A module without parameters follows
+        its nearest ancestor that has some.
+        """
+        _set_mode(self.module, training=training, inherited=training)
+
+    def _measure(self) -> FeatureShape:
+        modes = {name: module.training for name, module in self.module.named_modules()}
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        self.module.eval()
+        with torch.no_grad():
+            images = torch.zeros(1, 3, self.input.size, self.input.size, device=device)
+            pooled, unpooled = self.pooled(images), self.unpooled(images)
+        for name, module in self.module.named_modules():
+            module.training = modes[name]
+        if pooled.ndim != 2 or unpooled.ndim != 4:
+            raise PluginError(
+                f"the backbone {type(self.module).__name__} gives pooled features of shape "
+                f"{tuple(pooled.shape)} and unpooled ones of shape {tuple(unpooled.shape)}; "
+                f"they must be (N, D) and (N, C, H, W)"
+            )
+        channels, height, width = unpooled.shape[1:]
+        return FeatureShape(pooled.shape[1], (channels, height, width))
+
+
+def hash_weights(backbone: Backbone) -> str:
+    """Hex sha256 of a backbone's parameters, buffers and structure: the same features, the same hash.
+
+    The structure (the printed module tree) counts because two networks may hold equal tensors and
+    still differ, as MobileNetV2 does between PyTorch's and TensorFlow's padding.
+    """
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(backbone.module)).encode())
+    tensors = [*backbone.module.named_parameters(), *backbone.module.named_buffers()]
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers the parameters of a module hold."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# --- stages -----------------------------------------------------------------------------------------
+
+
+def stages_by_unit(module: nn.Module, units: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Stages of a module, one for each of its submodules named in `units`, stem first.
+
+    A parameter outside all units joins the unit that precedes it in `named_parameters`, or the first.
+    """
+    groups: list[list[str]] = [[] for _ in units]
+    current = 0
+    for name, _ in module.named_parameters():
+        current = next((i for i, unit in enumerate(units) if name.startswith(f"{unit}.")), current)
+        groups[current].append(name)
+    return merge_norm_stages(module, groups)
+
+
+def stages_by_resolution(
+    module: nn.Module, units: Sequence[str], *, size: int, run: Features
+) -> tuple[tuple[str, ...], ...]:
+    """Stages of a convolutional network: runs of units whose outputs have the same height and width.
+
+    This is the usual meaning of a stage (ResNet's `layer1` to `layer4`, VGG's five blocks), measured
+    instead of listed by architecture. Units behind the feature map form one more stage.
+
+    Args:
+        units: names of submodules in the order they run.
+        size: side of the images to measure with, pixels.
+        run: the forward pass that calls the units.
+    """
+    heights = _output_heights(module, units, size=size, run=run)
+    stage_of: dict[str, int] = {}
+    last: int | None = None
+    for i, unit in enumerate(units):
+        height = heights.get(unit)
+        new_stage = i == 0 or height != last
+        stage_of[unit] = max(stage_of.values(), default=-1) + int(new_stage)
+        last = height
+    names: list[list[str]] = [[] for _ in range(max(stage_of.values()) + 1)]
+    current = 0
+    for name, _ in module.named_parameters():
+        unit = max((u for u in units if name.startswith(f"{u}.")), key=len, default="")
+        current = stage_of.get(unit, current)
+        names[current].append(name)
+    return merge_norm_stages(module, names)
+
+
+def merge_norm_stages(module: nn.Module, groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    """Stages from groups of parameter names; a group of nothing but vectors joins its neighbour.
+
+    Vectors are the scales and biases of normalisation layers. A stage of its own for a transformer's
+    last norm would make "train the last stage" train almost nothing.
+    """
+    dims = {name: parameter.ndim for name, parameter in module.named_parameters()}
+    stages: list[list[str]] = []
+    waiting: list[str] = []
+    for group in groups:
+        names = list(group)
+        if all(dims[name] < 2 for name in names):
+            (stages[-1] if stages else waiting).extend(names)
+        else:
+            stages.append(waiting + names)
+            waiting = []
+    if waiting:
+        stages.append(waiting)
+    return tuple(tuple(stage) for stage in stages)
+
+
+def _output_heights(
+    module: nn.Module, units: Sequence[str], *, size: int, run: Features
+) -> Mapping[str, int | None]:
+    heights: dict[str, int | None] = {}
+
+    def remember(unit: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            is_map = isinstance(output, torch.Tensor) and output.ndim == 4
+            # The images are square: axis 2 is as long as the height in NCHW and in Swin's NHWC maps.
+            heights[unit] = output.shape[2] if is_map and isinstance(output, torch.Tensor) else None
+
+        return hook
+
+    hooks = [module.get_submodule(unit).register_forward_hook(remember(unit)) for unit in units]
+    was_training = module.training
+    try:
+        module.eval()
+        with torch.no_grad():
+            run(module, torch.zeros(1, 3, size, size))
+    finally:
+        module.train(was_training)
+        for handle in hooks:
+            handle.remove()
+    return heights
+
+
+def _check_stages(module: nn.Module, stages: tuple[tuple[str, ...], ...]) -> None:
+    named = [name for stage in stages for name in stage]
+    expected = {name for name, _ in module.named_parameters()}
+    twice = sorted({name for name in named if named.count(name) > 1}) if len(set(named)) < len(named) else []
+    wrong = [*twice, *sorted(set(named) ^ expected)]
+    if wrong:
+        raise PluginError(
+            f"the stages of {type(module).__name__} must name every parameter exactly once; "
+            f"look at '{wrong[0]}' ({len(wrong)} in all)"
+        )
+
+
+def _set_mode(module: nn.Module, *, training: bool, inherited: bool) -> None:
+    mode = inherited
+    parameters = list(module.parameters())
+    if parameters:
+        learning = [parameter.requires_grad for parameter in parameters]
+        mode = training and (all(learning) if _is_batch_norm(module) else any(learning))
+    # Not `module.train(mode)`: that would overrule the children, which decide for themselves.
+    module.training = mode
+    for child in module.children():
+        _set_mode(child, training=training, inherited=mode)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return hasattr(module, "running_mean") and hasattr(module, "running_var")
