@@ -1,0 +1,99 @@
+"""Features of a frozen backbone, computed once for all trials.
+
+A part of the split is computed only when it is asked for: the test part stays untouched until the
+winner is evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tlauto.backbone import hash_weights
+from tlauto.contracts import Backbone, FeatureShape, ImageInput, TrialSpec
+from tlauto.data import Dataset
+from tlauto.plugins import Registry
+from tlauto.training.arrays import cached_array
+from tlauto.training.batches import centre_batches
+from tlauto.training.model import Kind, features_of, load_backbone
+from tlauto.training.pixels import Pixels, contents, geometry, load_pixels
+
+SAMPLE = 512  # images that feature scaling is measured on
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a trial on cached features needs to know of its backbone."""
+
+    input: ImageInput
+    shape: FeatureShape
+    weights: str
+
+
+# A worker builds each backbone for its first trial only: later trials need just these facts.
+_known: dict[tuple[Registry, str, str], Facts] = {}
+
+
+class FeatureSource:
+    """Features of one backbone with its pretrained weights, from the cache when they are there."""
+
+    def __init__(self, spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch.device) -> None:
+        self.spec = spec
+        self.registry = registry
+        self.dataset = dataset
+        self.device = device
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The backbone itself, built on first use."""
+        return load_backbone(self.spec, self.registry, self.device)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Its input, widths and weights' hash."""
+        key = (self.registry, self.spec.backbone, json.dumps(asdict(self.spec.weights), sort_keys=True))
+        if key not in _known:
+            backbone = self.backbone
+            _known[key] = Facts(backbone.input, backbone.feature_shape, hash_weights(backbone))
+        return _known[key]
+
+    def pixels(self, splits: Sequence[str]) -> Pixels:
+        """The images of these splits as this backbone wants them."""
+        return load_pixels(self.dataset, splits, self.facts.input, self.spec.cache)
+
+    def features(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
+        """Features (N, D) or (N, C, H, W) of these splits, split after split."""
+        parts = [self._cached([split], kind, range(len(self.dataset.part(split)))) for split in splits]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
+        """Features of up to 512 images, evenly spaced over these splits."""
+        count = sum(len(self.dataset.part(split)) for split in splits)
+        return self._cached(splits, kind, sample_indices(count))
+
+    def _cached(self, splits: Sequence[str], kind: Kind, indices: Sequence[int]) -> torch.Tensor:
+        facts = self.facts
+        items = [item for split in splits for item in self.dataset.part(split)]
+        about = {"mean": facts.input.mean, "std": facts.input.std, "bgr": facts.input.bgr, "kind": kind}
+        key = contents([items[i] for i in indices], weights=facts.weights, **geometry(facts.input), **about)
+        width = (facts.shape.pooled,) if kind == "pooled" else facts.shape.unpooled
+
+        def blocks() -> Iterator[np.ndarray]:
+            pixels = self.pixels(splits)
+            with torch.inference_mode():
+                for images in centre_batches(pixels, self.device, indices):
+                    yield features_of(self.backbone, images, kind).float().cpu().numpy()
+
+        path = Path(self.spec.cache, "features", f"{key}.npy")
+        return torch.from_numpy(cached_array(path, (len(indices), *width), np.float32, blocks))
+
+
+def sample_indices(count: int) -> list[int]:
+    """Up to 512 indices below `count`, evenly spaced."""
+    return [round(i) for i in np.linspace(0, count - 1, min(count, SAMPLE))]

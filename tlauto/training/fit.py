@@ -1,0 +1,105 @@
+"""Run one trial: read it, train it, keep its checkpoint, its predictions and its metrics.
+
+Read top to bottom: `run_trial` here, then `trial.prepare`, then `frozen.fit_head` for a frozen
+backbone or `finetune.fine_tune` for one that learns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tlauto import metrics
+from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
+from tlauto.data import Dataset
+from tlauto.errors import OutOfMemory
+from tlauto.plugins import Registry, loaded_libraries
+from tlauto.training.checkpoint import save_checkpoint
+from tlauto.training.finetune import fine_tune
+from tlauto.training.frozen import fit_head
+from tlauto.training.seeding import seed_everything
+from tlauto.training.trial import Fitted, Trial, prepare
+
+PREDICTIONS = "predictions.npz"
+# torch has an exception for a full GPU, but a full main memory is a bare RuntimeError.
+FULL_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
+BYTES = re.compile(r"tried to allocate (\d+) bytes")
+
+
+def run_trial(
+    spec: TrialSpec,
+    registry: Registry,
+    dataset: Dataset,
+    *,
+    device: str,
+    on_epoch: Callable[[EpochResult], bool],
+) -> TrialDone:
+    """Train and evaluate one trial; write its checkpoint and predictions to `spec.folder`.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1`, `mps`.
+        on_epoch: told of each epoch; its answer False stops the trial as pruned. A trial on cached
+            features tells only of its last epoch, a refit only of its evaluation on the test part.
+
+    Returns what is to be known of the best epoch. Raises: TrialError, OutOfMemory or Diverged when
+    this trial cannot end; WeightsError, DataError or UnknownNameError when something is missing.
+    """
+    started = time.perf_counter()
+    seed_everything(spec.seed)
+    trial = prepare(spec, registry, dataset, torch.device(device))
+    with memory_errors(f"on {device} with batches of {trial.settings.batch_size} images"):
+        train = fine_tune if trains_backbone(trial.strategy) else fit_head
+        fitted = train(trial, on_epoch)
+    return _keep(trial, fitted, registry, dataset, started)
+
+
+def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, started: float) -> TrialDone:
+    spec, targets = trial.spec, trial.valid_targets
+    predictions = fitted.evaluation.predictions
+    paths = [item.path for item in dataset.part(spec.evaluate_on)]
+    checkpoint = save_checkpoint(Path(spec.folder), fitted.state, spec, fitted.kind)
+    np.savez(Path(spec.folder, PREDICTIONS), targets=targets, predictions=predictions, paths=np.array(paths))
+    return TrialDone(
+        number=spec.number,
+        score=fitted.evaluation.score,
+        metrics=metrics.compute_all(spec.task, targets, predictions, intervals=True, seed=spec.seed),
+        val_loss=fitted.evaluation.loss,
+        best_epoch=fitted.best_epoch,
+        epochs=fitted.epochs,
+        seconds=time.perf_counter() - started,
+        checkpoint=checkpoint.name,
+        is_pruned=fitted.is_pruned,
+        trainable=fitted.trainable,
+        versions=loaded_libraries(),
+        provenance=_provenance(spec, registry),
+    )
+
+
+def _provenance(spec: TrialSpec, registry: Registry) -> dict[str, str]:
+    provider = spec.backbone.partition(":")[0]
+    return {
+        "backbone": registry.source("backbone_providers", provider),
+        "strategy": registry.source("freeze_strategies", spec.strategy),
+        "head": registry.source("task_heads", spec.head),
+    }
+
+
+@contextlib.contextmanager
+def memory_errors(where: str) -> Iterator[None]:
+    """Turn torch's, Python's and the CPU allocator's ways to run out of memory into OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not FULL_MEMORY.search(str(error)):
+            raise
+        found = BYTES.search(str(error))
+        raise OutOfMemory(
+            f"out of memory {where}; a smaller batch or backbone needs less",
+            bytes=int(found.group(1)) if found else None,
+        ) from error

@@ -1,0 +1,99 @@
+"""What a trial's parameters say, read once, before any work; none may be left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tlauto import recipe
+from tlauto.contracts import FreezeStrategy, Task, TaskHead, TrialSpec, trains_backbone
+from tlauto.errors import ConfigError, TrialError, did_you_mean
+from tlauto.space import Scalar, Space, complete
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked parameters of one trial.
+
+    Attributes:
+        freeze, head, loss: of the strategy, the head and the task's loss.
+        optimizer: its name; `optim` holds its own parameters, `lr` (of the head) among them.
+        warmup: fraction of all steps.
+        batch_size: images a step.
+        backbone_lr: multiplier of `lr` for the backbone; 0 when it does not learn.
+        augment: a level of `recipe.AUGMENT_LEVELS`.
+    """
+
+    freeze: Mapping[str, Scalar]
+    head: Mapping[str, Scalar]
+    loss: Mapping[str, Scalar]
+    optimizer: str
+    optim: Mapping[str, float]
+    warmup: float
+    batch_size: int
+    backbone_lr: float
+    augment: str
+
+
+class Params:
+    """A trial's parameters that remembers which were read."""
+
+    def __init__(self, values: Mapping[str, Scalar]) -> None:
+        self.values = dict(values)
+        self.known: set[str] = set()
+
+    def take(self, owner: str, space: Space) -> dict[str, Scalar]:
+        """Values of `owner.*` for every name of `space`, defaults where the trial gives none."""
+        self.known |= {f"{owner}.{name}" for name in space}
+        given = {name: self.values[f"{owner}.{name}"] for name in space if f"{owner}.{name}" in self.values}
+        return complete(space, given, owner=owner)
+
+    def check_all_read(self) -> None:
+        """Raise ConfigError when a parameter was given that nothing reads."""
+        unread = sorted(set(self.values) - self.known)
+        if unread:
+            raise ConfigError(
+                f"nothing in this trial reads the parameter '{unread[0]}'"
+                f"{did_you_mean(unread[0], self.known)} "
+                f"({len(unread)} unread: {', '.join(unread)}; read here: {', '.join(sorted(self.known))})"
+            )
+
+
+def read(spec: TrialSpec, strategy: FreezeStrategy, head: TaskHead, task: Task) -> Settings:
+    """The settings of a trial. Raises: TrialError for a value out of range or a name nobody reads."""
+    params = Params(spec.params)
+    try:
+        settings = _read(params, strategy, head, task)
+        params.check_all_read()
+    except ConfigError as error:
+        raise TrialError(str(error)) from None
+    return settings
+
+
+def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) -> Settings:
+    optim = params.take("optim", recipe.OPTIM_SPACE)
+    name = str(optim["name"])
+    own = params.take(f"optim.{name}", recipe.OPTIMIZER_SPACES[name])
+    if trains_backbone(strategy):
+        finetune = params.take("finetune", recipe.FINETUNE_SPACE)
+        augment = params.take("augment", recipe.AUGMENT_SPACE)
+    else:
+        finetune = {"backbone_lr": 0.0, **params.take("probe", recipe.PROBE_SPACE)}
+        augment = {"level": "none"}
+    return Settings(
+        freeze=params.take(f"freeze.{strategy.name}", strategy.space),
+        head=params.take(f"head.{head.name}", head.space),
+        loss=params.take("loss", task.space),
+        optimizer=name,
+        optim={key: _number(value) for key, value in own.items()},
+        warmup=_number(optim["warmup"]),
+        batch_size=int(_number(finetune["batch_size"])),
+        backbone_lr=_number(finetune["backbone_lr"]),
+        augment=str(augment["level"]),
+    )
+
+
+def _number(value: Scalar) -> float:
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise ConfigError(f"{value!r} is not a number")

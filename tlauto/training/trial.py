@@ -1,0 +1,176 @@
+"""What the two ways of training share: the trial at hand, its evaluation, its best epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tlauto import metrics
+from tlauto.contracts import FreezeStrategy, Task, TaskHead, TrialSpec
+from tlauto.data import Dataset
+from tlauto.errors import Diverged, TrialError
+from tlauto.plugins import Registry
+from tlauto.training.features import FeatureSource
+from tlauto.training.model import Kind, Readout
+from tlauto.training.params import Settings, read
+from tlauto.training.tasks import find_task
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial, read and checked.
+
+    Attributes:
+        train_targets, valid_targets: of `spec.fit_on` and `spec.evaluate_on`, as the task encodes
+            them.
+        loss: the task's mean loss of (logits, targets).
+    """
+
+    spec: TrialSpec
+    task: Task
+    strategy: FreezeStrategy
+    head: TaskHead
+    settings: Settings
+    source: FeatureSource
+    num_outputs: int
+    train_targets: np.ndarray
+    valid_targets: np.ndarray
+    loss: Loss
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.source.device
+
+    @property
+    def selects(self) -> bool:
+        """Whether epochs may be compared; never on the test part, which is looked at once."""
+        return self.spec.evaluate_on != "test"
+
+    def evaluate(self, logits: torch.Tensor, epoch: int) -> Evaluation:
+        """Score, loss and predictions of logits (N, K) of `evaluate_on`, in order.
+
+        Raises: Diverged when they are not finite.
+        """
+        logits = logits.float().cpu()
+        loss = self.loss(logits, torch.from_numpy(self.valid_targets)).item()
+        if not np.isfinite(loss) or not bool(torch.isfinite(logits).all()):
+            raise Diverged(f"the validation loss became {loss} in epoch {epoch}", epoch=epoch)
+        predictions = self.task.predict(logits.numpy())
+        score = metrics.score(self.spec.metric, self.valid_targets, predictions)
+        return Evaluation(float(score), loss, predictions)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How one epoch's model does on `evaluate_on`: `score` higher is better."""
+
+    score: float
+    loss: float
+    predictions: np.ndarray
+
+    def is_better(self, other: Evaluation) -> bool:
+        """By score; of equal scores, by lower loss."""
+        return (self.score, -self.loss) > (other.score, -other.loss)
+
+
+@dataclass
+class Best:
+    """The best epoch so far, and how long nothing has improved.
+
+    Attributes:
+        patience: epochs without improvement, in loss or in score, before `is_stale`; 0 is never.
+        state: copies of the model's tensors at the best epoch.
+    """
+
+    patience: int
+    epoch: int = 0
+    evaluation: Evaluation | None = None
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    lowest_loss: float = float("inf")
+    improved: int = 0
+    seen: int = 0
+
+    def add(self, epoch: int, evaluation: Evaluation, model: Readout) -> None:
+        """Take note of an epoch (from 1), and of its model when it is the best."""
+        self.seen = epoch
+        if evaluation.loss < self.lowest_loss:
+            self.lowest_loss, self.improved = evaluation.loss, epoch
+        if self.evaluation is None or evaluation.is_better(self.evaluation):
+            self.epoch, self.evaluation, self.improved = epoch, evaluation, epoch
+            self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether to stop early."""
+        return 0 < self.patience <= self.seen - self.improved
+
+    @property
+    def winner(self) -> Evaluation:
+        """The best epoch's evaluation; raises TrialError before the first."""
+        if self.evaluation is None:
+            raise TrialError("the trial ended before its first epoch was evaluated")
+        return self.evaluation
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model at its best epoch.
+
+    Attributes:
+        state: what a checkpoint needs of the model's tensors.
+        kind: which features the head reads.
+        epochs: that were trained.
+        trainable: numbers that learned, head included.
+    """
+
+    best_epoch: int
+    evaluation: Evaluation
+    state: Mapping[str, torch.Tensor]
+    kind: Kind
+    epochs: int
+    trainable: int
+    is_pruned: bool = False
+
+
+def prepare(spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch.device) -> Trial:
+    """The trial that a specification describes. Raises: TrialError when it is impossible."""
+    _check(spec, dataset)
+    task, head, strategy = find_task(spec.task), registry.head(spec.head), registry.strategy(spec.strategy)
+    if task.name not in head.tasks:
+        raise TrialError(f"the head '{head.name}' cannot do {task.name} (it does {', '.join(head.tasks)})")
+    settings = read(spec, strategy, head, task)
+    num_outputs = task.num_outputs(dataset.classes)
+    train_targets = _targets(task, dataset, spec.fit_on)
+    return Trial(
+        spec=spec,
+        task=task,
+        strategy=strategy,
+        head=head,
+        settings=settings,
+        source=FeatureSource(spec, registry, dataset, device),
+        num_outputs=num_outputs,
+        train_targets=train_targets,
+        valid_targets=_targets(task, dataset, (spec.evaluate_on,)),
+        loss=task.loss(train_targets, num_outputs, settings.loss),
+    )
+
+
+def _targets(task: Task, dataset: Dataset, splits: Sequence[str]) -> np.ndarray:
+    values = [item.target for split in splits for item in dataset.part(split)]
+    return task.targets(values, dataset.classes)
+
+
+def _check(spec: TrialSpec, dataset: Dataset) -> None:
+    if spec.epochs < 1:
+        raise TrialError(f"a trial needs at least one epoch, not {spec.epochs}")
+    if spec.evaluate_on in spec.fit_on:
+        raise TrialError(f"the part '{spec.evaluate_on}' cannot serve for training and for evaluation")
+    for split in (*spec.fit_on, spec.evaluate_on):
+        if not dataset.part(split):
+            raise TrialError(f"the dataset's part '{split}' is empty")
