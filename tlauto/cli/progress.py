@@ -1,0 +1,234 @@
+"""Show a running search on standard error: a live table on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tlauto.events import (
+    DataRead,
+    Emit,
+    EpochEnded,
+    Planned,
+    Progress,
+    Said,
+    TrialEnded,
+    TrialStarted,
+    Working,
+    ignore,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.live import Live
+
+
+@contextmanager
+def show_progress(*, quiet: bool = False) -> Iterator[Emit]:
+    """A function that shows the events it is called with."""
+    if quiet:
+        yield ignore
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True, highlight=False, soft_wrap=not _is_terminal())
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    table = Table(console)
+    # Redrawn by events and twice a second for the clock; finished trials scroll above the table.
+    with Live(get_renderable=table.render, console=console, refresh_per_second=2, transient=True) as live:
+        table.live = live
+        yield table
+
+
+def _is_terminal() -> bool:
+    import sys
+
+    return sys.stderr.isatty()
+
+
+class Lines:
+    """One plain line for each thing that ended."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last: Progress | None = None
+
+    def __call__(self, event: object) -> None:
+        """Print the event if it is worth a line."""
+        match event:
+            case DataRead():
+                for line in data_lines(event):
+                    self.say(line)
+            case Planned():
+                for line in plan_lines(event):
+                    self.say(line)
+            case TrialEnded():
+                self.say(trial_line(event))
+            case Progress():
+                self._progress(event)
+            case Said(text):
+                self.say(f"note      {text}")
+            case Working(text):
+                self.working(text)
+
+    def say(self, line: str) -> None:
+        """Print a line as it is, without markup."""
+        self.console.print(line, markup=False)
+
+    def working(self, text: str) -> None:
+        """Tell of something that takes a while."""
+        self.say(f"…         {text}")
+
+    def _progress(self, now: Progress) -> None:
+        """A line whenever the best changes."""
+        before = self.last.best_number if self.last else None
+        self.last = now
+        if now.best_number != before and now.best_score is not None:
+            self.say(progress_line(now))
+
+
+@dataclass
+class _Running:
+    event: TrialStarted
+    since: float = field(default_factory=time.monotonic)
+    epoch: int = 0
+    score: float | None = None
+
+
+class Table(Lines):
+    """Slots as a live table under the lines of finished trials."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.live: Live | None = None
+        self.slots: dict[str, _Running | None] = {}
+        self.text = "starting"
+
+    def __call__(self, event: object) -> None:
+        """Print what ended above the table and keep the rest in it."""
+        super().__call__(event)
+        match event:
+            case Planned(slots=slots):
+                self.slots = dict.fromkeys(slots)
+                self.text = "starting the first trials"
+            case TrialStarted(slot=slot):
+                self.slots[slot] = _Running(event)
+            case EpochEnded(slot=slot, epoch=epoch, score=score):
+                running = self.slots.get(slot)
+                if running:
+                    running.epoch, running.score = epoch, score
+            case TrialEnded(slot=slot):
+                self.slots[slot] = None
+            case Progress():
+                self.text = progress_line(event)
+
+    def working(self, text: str) -> None:
+        """Show in the table's last line."""
+        self.text = f"…         {text}"
+        self.slots = {}
+
+    def _progress(self, now: Progress) -> None:
+        self.last = now
+
+    def render(self) -> Group:
+        """The table as it stands."""
+        from rich.console import Group
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0), expand=False)
+        for _ in range(2):
+            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column(no_wrap=True, justify="right")
+        for slot, running in self.slots.items():
+            table.add_row(*_slot_row(slot, running))
+        return Group(table, Text(self.text, no_wrap=True, overflow="ellipsis"))
+
+
+def _slot_row(slot: str, running: _Running | None) -> tuple[str, str, str, str]:
+    if running is None:
+        return slot, "", "idle", ""
+    event = running.event
+    what = f"{event.backbone}  {event.strategy}  {event.head}"
+    score = "" if running.score is None else f"val {running.score:.3f}  "
+    epoch = f"epoch {running.epoch}/{event.epochs}  " if running.epoch else ""
+    return slot, f"trial {event.number}", what, f"{epoch}{score}{duration(time.monotonic() - running.since)}"
+
+
+# --- lines ------------------------------------------------------------------------------------------
+
+
+def data_lines(event: DataRead) -> list[str]:
+    """What was read, and what the doctor found."""
+    parts = ", ".join(
+        f"{name} {count}{' held out' if name == 'test' else ''}" for name, count in event.counts.items()
+    )
+    what = f"{event.classes} classes, " if event.classes else ""
+    unreadable = f", {event.unreadable} unreadable" if event.unreadable else ""
+    total = sum(event.counts.values())
+    lines = [f"images    {event.task}: {what}{total} images ({parts}){unreadable}"]
+    return lines + [f"          {note}" for note in event.notes]
+
+
+def plan_lines(event: Planned) -> list[str]:
+    """Slots, space and score."""
+    space = (
+        f"{len(event.backbones)} backbones x {len(event.strategies)} strategies x {len(event.heads)} heads, "
+        f"{event.parameters} parameters"
+    )
+    lines = [
+        f"slots     {' '.join(event.slots)}",
+        f"space     {space}",
+        f"backbones {', '.join(event.backbones)}",
+        f"score     {event.metric} on validation ({event.why_metric})",
+    ]
+    if event.done:
+        lines.append(f"resuming  study '{event.study}' with {event.done} trials done")
+    return lines
+
+
+def trial_line(event: TrialEnded) -> str:
+    """A finished trial."""
+    what = f"{event.backbone:<26}  {event.strategy:<18} {event.head:<7}"
+    match event.state:
+        case "complete":
+            end = f"{event.score:.3f}"
+        case "pruned":
+            end = f"pruned {event.note} ({event.score:.3f})" if event.score is not None else "pruned"
+        case _:
+            end = f"failed: {event.note}"
+    return f"trial {event.number:>3} {what} {end}  {duration(event.seconds)}"
+
+
+def progress_line(now: Progress) -> str:
+    """Best so far, how far, how long still."""
+    best = "none yet" if now.best_score is None else f"trial {now.best_number}, {now.best_score:.3f}"
+    total = f"/{now.max_trials}" if now.max_trials else ""
+    aside = "".join(f", {n} {what}" for n, what in ((now.pruned, "pruned"), (now.failed, "failed")) if n)
+    return f"best      {best}        {now.done}{total} done{aside}{_left(now)}"
+
+
+def _left(now: Progress) -> str:
+    guesses = []
+    if now.max_trials and now.done:
+        guesses.append(now.seconds / now.done * (now.max_trials - now.done))
+    if now.seconds_left is not None:
+        guesses.append(now.seconds_left)
+    return f", about {duration(max(0.0, min(guesses)))} left" if guesses else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: `0.4 s`, `12 s`, `3 min`, `1 h 20 min`."""
+    if seconds < 1:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

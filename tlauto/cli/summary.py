@@ -1,0 +1,167 @@
+"""What a search found, as text for people and as the documented JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tlauto.cli.progress import duration
+from tlauto.errors import StoreError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tlauto.api import Search
+    from tlauto.results.leaderboard import Row
+
+
+def print_result(search: Search) -> None:
+    """The end of `tlauto search`."""
+    console = _console()
+    rows = search.leaderboard()
+    _print_table(console, [row for row in rows if row.score is not None][:5])
+    _print_end(console, search, rows)
+
+
+def print_leaderboard(search: Search, rows: Sequence[Row]) -> None:
+    """`tlauto leaderboard`."""
+    console = _console()
+    console.print(f"study     {search.name}, {len(rows)} trials", markup=False)
+    _print_table(console, rows)
+
+
+def print_study(search: Search) -> None:
+    """`tlauto show`."""
+    console = _console()
+    info = search.info()
+    config, plan, report = info["config"], info["plan"], info["dataset"]["report"]
+    rows = search.leaderboard()
+    states = {
+        s: sum(r.state == s for r in rows) for s in ("complete", "pruned", "failed", "running", "waiting")
+    }
+    given = {k: v for k, v in config.items() if v not in (None, [], {}, False) and k not in ("data", "study")}
+    lines = [
+        ("study", f"{search.name} ({info['state']}, {duration(info['seconds'])} active)"),
+        ("data", f"{config['data']} ({plan['task']}, fingerprint {info['dataset']['fingerprint'][:12]})"),
+        ("score", f"{plan['metric']} on validation"),
+        ("trials", ", ".join(f"{n} {s}" for s, n in states.items() if n) or "none"),
+        ("backbones", ", ".join(plan["backbones"])),
+        ("settings", ", ".join(f"{k} {_plain(v)}" for k, v in given.items())),
+    ]
+    for name, text in lines:
+        console.print(f"{name:<9} {text}", markup=False)
+    for warning in report.get("warnings", []):
+        console.print(f"note      {warning}", markup=False)
+    _print_end(console, search, rows)
+
+
+def result_json(search: Search) -> dict[str, Any]:
+    """The documented result of a search; see `docs/json.md`."""
+    rows = search.leaderboard()
+    best = next((row for row in rows if row.is_best), None)
+    return {
+        "study": search.name,
+        "out": str(search.out),
+        "interrupted": search.interrupted,
+        "trials": sum(row.state in ("complete", "pruned", "failed") for row in rows),
+        "best": dataclasses.asdict(best) if best else None,
+        "model": str(search.model) if search.model.is_dir() else None,
+        "test": search.test,
+        "comparison": search.comparison,
+    }
+
+
+def _print_table(console: Console, rows: Sequence[Row]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("trial", justify="right")
+    table.add_column("backbone", overflow="ellipsis", no_wrap=True, max_width=30)
+    table.add_column("strategy", overflow="ellipsis", no_wrap=True)
+    table.add_column("head", overflow="ellipsis", no_wrap=True)
+    table.add_column("score", justify="right")
+    table.add_column("time", justify="right", no_wrap=True)
+    for row in rows:
+        score = "" if row.score is None else f"{row.score:.3f}"
+        if row.state != "complete":
+            score = f"{row.state} {score}".strip()
+        took = "" if row.seconds is None else duration(row.seconds)
+        cells = (str(row.number), row.backbone, row.strategy, row.head, score, took)
+        table.add_row(*cells, style="bold green" if row.is_best else None)
+    console.print(table)
+    for row in rows:
+        if row.state == "failed":
+            console.print(f"trial {row.number} failed: {row.error}", markup=False)
+
+
+def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
+    best = next((row for row in rows if row.is_best), None)
+    if best is None:
+        console.print("best      no trial has a score yet", markup=False)
+        return
+    console.print()
+    what = f"{best.backbone}, {best.strategy}, {best.head}"
+    console.print(f"best      trial {best.number}: {what}; validation {best.score:.3f}", markup=False)
+    test = search.test
+    if test:
+        shown = [name for name in _order(test, search) if name in test][:4]
+        for place, name in enumerate(shown):
+            start = "test" if place == 0 else ""
+            console.print(f"{start:<9} {name} {_interval(test[name])}", markup=False)
+    for line in _comparison_lines(search.comparison):
+        console.print(line, markup=False)
+    if search.model.is_dir():
+        state = "" if test else " (best so far, not yet tested)"
+        console.print(f"model     {search.model}{state}", markup=False, soft_wrap=True)
+        console.print(f"next      tlauto predict {_short(search)} IMAGE…", markup=False, soft_wrap=True)
+    if search.interrupted:
+        console.print("stopped   the same command goes on where this stopped", markup=False)
+
+
+def _comparison_lines(comparison: Mapping[str, Any] | None) -> list[str]:
+    if not comparison:
+        return []
+    if comparison.get("default_is_winner"):
+        return ["default   the default recipe is the winner"]
+    other = comparison["default"]
+    value = other["metrics"][comparison["metric"]]
+    verdict = "significant" if comparison["significant"] else "not significant"
+    gain = f"{comparison['gain']:+.3f} [{comparison['low']:+.3f}, {comparison['high']:+.3f}]"
+    return [
+        f"default   {other['backbone']}, {other['strategy']}, {other['head']}: test "
+        f"{comparison['metric']} {_interval(value)}",
+        f"gain      {gain} over the default recipe, {verdict}",
+    ]
+
+
+def _order(test: Mapping[str, Any], search: Search) -> list[str]:
+    try:
+        first = search.info()["plan"]["metric"]
+    except StoreError:
+        return list(test)
+    return [first, *(name for name in test if name != first)]
+
+
+def _interval(entry: Mapping[str, float]) -> str:
+    return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+
+def _short(search: Search) -> str:
+    from pathlib import Path
+
+    try:
+        return str(search.model.relative_to(Path.cwd()))
+    except ValueError:
+        return str(search.model)
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

@@ -1,0 +1,114 @@
+"""What a running search tells whoever shows it. Values only; the command line draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataRead:
+    """The dataset is read, checked and split. `counts` is images by split; `left_out` by reason."""
+
+    task: str
+    classes: int
+    counts: Mapping[str, int]
+    unreadable: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The space is known and trials are about to start; `done` counts earlier runs' trials."""
+
+    study: str
+    slots: tuple[str, ...]
+    backbones: tuple[str, ...]
+    strategies: tuple[str, ...]
+    heads: tuple[str, ...]
+    parameters: int
+    metric: str
+    why_metric: str
+    max_trials: int | None
+    seconds_left: float | None
+    done: int
+
+
+@dataclass(frozen=True)
+class Working:
+    """Something takes a while: `text` says what."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """A sentence for the user that stays on screen."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """A trial runs on a slot."""
+
+    number: int
+    slot: str
+    backbone: str
+    strategy: str
+    head: str
+    epochs: int
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """An epoch of a running trial ended with this score."""
+
+    number: int
+    slot: str
+    epoch: int
+    score: float
+
+
+@dataclass(frozen=True)
+class TrialEnded:
+    """A trial ended: `state` is complete, pruned or failed; `note` says why for the latter two."""
+
+    number: int
+    slot: str
+    backbone: str
+    strategy: str
+    head: str
+    state: str
+    score: float | None
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the search is."""
+
+    done: int
+    pruned: int
+    failed: int
+    max_trials: int | None
+    seconds: float
+    seconds_left: float | None
+    best_number: int | None
+    best_score: float | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The search is over; `search` is the `tlauto.api.Search` that the Python API returns."""
+
+    search: Any
+
+
+Emit = Callable[[object], None]
+
+
+def ignore(_event: object) -> None:
+    """Show nothing."""

@@ -1,0 +1,89 @@
+"""The trials of a study as rows, best first: what `tlauto leaderboard` prints and `--json` promises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tlauto.schedule import best_trial, rank
+from tlauto.space import Scalar
+from tlauto.store import Store
+from tlauto.study import Study, TrialRecord
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial.
+
+    Attributes:
+        state: waiting, running, complete, pruned or failed.
+        score: of its best epoch on validation, higher is better; None when it has none.
+        seconds: wall time of the trial, None while it runs.
+        params: every parameter it ran with, by dotted name.
+        metrics: on validation, name to {"value", "low", "high"}.
+        error: `kind: sentence` of a failed trial.
+    """
+
+    number: int
+    backbone: str
+    strategy: str
+    head: str
+    state: str
+    score: float | None
+    seconds: float | None
+    params: Mapping[str, Scalar]
+    purpose: str
+    epochs: int | None
+    seed: int | None
+    slot: str | None
+    trainable_params: int | None
+    metrics: Mapping[str, Mapping[str, float]]
+    error: str | None
+    is_best: bool = False
+
+
+def leaderboard(store: Store, study: Study) -> list[Row]:
+    """Rows of all trials: by score, complete before pruned, then those without one by number."""
+    records = study.trials()
+    rows = store.trials(study.name)
+    best = best_trial(records)
+    ordered = sorted(records, key=_order)
+    return [
+        _row(r, rows.get(r.number), is_best=best is not None and r.number == best.number) for r in ordered
+    ]
+
+
+def _order(trial: TrialRecord) -> tuple[int, float, float, int]:
+    place = {"complete": 0, "pruned": 1, "running": 2, "waiting": 3}.get(trial.state, 4)
+    score, loss = rank(trial)
+    return (
+        (place, -score, -loss, trial.number) if trial.score is not None else (place, 0.0, 0.0, trial.number)
+    )
+
+
+def _row(record: TrialRecord, stored: Mapping[str, Any] | None, *, is_best: bool) -> Row:
+    spec = json.loads(stored["spec"]) if stored else {}
+    result = (stored or {}).get("result") or {}
+    params = dict(spec.get("params") or record.params)
+    chosen = {
+        name: str(spec.get(name) or record.params.get(name, "")) for name in ("backbone", "strategy", "head")
+    }
+    kind, error = record.attrs.get("error_kind"), record.attrs.get("error")
+    return Row(
+        number=record.number,
+        **chosen,
+        state=record.state,
+        score=record.score,
+        seconds=result.get("seconds", record.attrs.get("seconds")),
+        params={name: value for name, value in params.items() if name not in chosen},
+        purpose=str(record.attrs.get("purpose", spec.get("purpose", "search"))),
+        epochs=result.get("epochs"),
+        seed=spec.get("seed"),
+        slot=stored["slot"] if stored else None,
+        trainable_params=result.get("trainable"),
+        metrics=result.get("metrics", {}),
+        error=f"{kind}: {error}" if kind else None,
+        is_best=is_best,
+    )

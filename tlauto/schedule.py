@@ -1,0 +1,173 @@
+"""What to run next: probes, the default recipe, then the sampler; all derived from what is recorded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlauto.config import SearchConfig
+from tlauto.contracts import TrialDone, TrialSpec, trains_backbone
+from tlauto.searchspace import SearchSpace
+from tlauto.space import Scalar
+from tlauto.study import TrialRecord
+
+KEEP_TOP = 3
+"""Backbones that stay after screening: the best probes, the default and a wild card beside them."""
+
+PROBE_EPOCHS = 150
+PROBE_PATIENCE = 15
+PROBE_STRATEGY, PROBE_HEAD = "feature_extraction", "linear"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed before trial 0.
+
+    Attributes:
+        device: kind of device the epochs are sized for, `cpu` or a GPU.
+        folder: of the study.
+    """
+
+    config: SearchConfig
+    space: SearchSpace
+    task: str
+    metric: str
+    dataset_file: str
+    folder: Path
+    cache: Path
+    device: str
+
+    def first_points(self, max_trials: int | None) -> list[tuple[dict[str, Scalar], str]]:
+        """Points to run before the sampler: a probe a backbone, then the default recipe.
+
+        A small budget gets fewer probes: at most half of it, and none when it is one trial.
+        """
+        probes = list(self.space.backbones) if self._can_probe() else []
+        if max_trials is not None:
+            probes = probes[: max_trials // 2]
+        points = [
+            (self.space.defaults(backbone=b, strategy=PROBE_STRATEGY, head=PROBE_HEAD), "probe")
+            for b in probes
+        ]
+        default = self.default_recipe()
+        if default not in [point for point, _ in points]:
+            points.append((default, "default"))
+        return points
+
+    def default_recipe(self) -> dict[str, Scalar]:
+        """What one would do without a search: fine-tune all of the best-known backbone."""
+        names = [strategy.name for strategy in self.space.strategies]
+        strategy = next((n for n in ("full", "partial") if n in names), names[0])
+        heads = [head.name for head in self.space.heads]
+        head = PROBE_HEAD if PROBE_HEAD in heads else heads[0]
+        return self.space.defaults(backbone=self.space.backbones[0], strategy=strategy, head=head)
+
+    def kept(self, trials: Sequence[TrialRecord]) -> tuple[str, ...]:
+        """Backbones that the sampler may propose; all of them until a probe is complete."""
+        probes = [t for t in trials if t.attrs.get("purpose") == "probe" and t.state == "complete"]
+        ranked = [str(t.params["backbone"]) for t in sorted(probes, key=rank, reverse=True)]
+        if not ranked:
+            return self.space.backbones
+        failed = {str(t.params["backbone"]) for t in trials if _failed_probe(t)}
+        kept = [*ranked[:KEEP_TOP], *({self.space.backbones[0]} - failed)]
+        rest = [b for b in self.space.backbones if b not in kept and b not in failed]
+        if rest:
+            kept.append(random.Random(f"{self.config.seed}/wild card").choice(rest))
+        return tuple(dict.fromkeys(kept))
+
+    def spec(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> TrialSpec:
+        """The specification of a proposed trial."""
+        params = dict(record.params)
+        backbone, strategy, head = (str(params.pop(name)) for name in ("backbone", "strategy", "head"))
+        trains = trains_backbone(next(s for s in self.space.strategies if s.name == strategy))
+        preset = self.config.recipe
+        on_cpu = self.device == "cpu"
+        return TrialSpec(
+            number=record.number,
+            dataset=self.dataset_file,
+            task=self.task,
+            metric=self.metric,
+            backbone=backbone,
+            strategy=strategy,
+            head=head,
+            params=params,
+            weights=self.config.weights_options,
+            seed=trial_seed(self.config.seed, record.number),
+            epochs=preset.finetune_epochs if trains else PROBE_EPOCHS,
+            patience=max(2, preset.finetune_epochs // 3) if trains else PROBE_PATIENCE,
+            epoch_images=preset.cpu_epoch_images if trains and on_cpu else None,
+            init_head=self._init_head(backbone, head, trials) if trains else None,
+            folder=str(self.trial_folder(record.number)),
+            cache=str(self.cache),
+            purpose=record.attrs.get("purpose", "search"),
+        )
+
+    def trial_folder(self, number: int) -> Path:
+        """Where a trial keeps its checkpoint and predictions."""
+        return self.folder / "trials" / str(number)
+
+    def _can_probe(self) -> bool:
+        strategies = [strategy.name for strategy in self.space.strategies]
+        return PROBE_STRATEGY in strategies and PROBE_HEAD in [head.name for head in self.space.heads]
+
+    def _init_head(self, backbone: str, head: str, trials: Sequence[TrialRecord]) -> str | None:
+        """The checkpoint of the best frozen trial on a backbone, the same head first (LP-FT).
+
+        Source: Kumar et al. 2022 (arXiv:2202.10054): a fine-tuning that starts from a trained head
+        distorts the pretrained features less.
+        """
+        frozen = {s.name for s in self.space.strategies if not trains_backbone(s)}
+        on_it = [t for t in trials if t.state == "complete" and t.params["backbone"] == backbone]
+        probes = [t for t in on_it if t.params["strategy"] in frozen]
+        probes.sort(key=lambda t: (t.params["head"] == head, *rank(t)), reverse=True)
+        files = [self.trial_folder(t.number) / "checkpoint.safetensors" for t in probes]
+        return next((str(file) for file in files if file.is_file()), None)
+
+
+def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, growth: float) -> TrialSpec:
+    """A trial again on train and validation, for as long as it took to its best epoch, tested once.
+
+    Args:
+        growth: images of both parts over images of the training part. An epoch of a fixed number of
+            images sees a smaller share of the grown part, so there are more of them.
+    """
+    epochs = done.best_epoch if spec.epoch_images is None else round(done.best_epoch * growth)
+    values: dict[str, Any] = {
+        "number": number, "epochs": max(1, epochs), "patience": 0, "fit_on": ("train", "val"),
+        "evaluate_on": "test", "folder": str(folder), "purpose": "refit",
+    }  # fmt: skip
+    return TrialSpec(**{**vars(spec), **values})
+
+
+def trial_seed(seed: int, number: int) -> int:
+    """The seed of a trial: a function of the study's seed and the trial's number."""
+    return random.Random(f"{seed}/trial/{number}").randrange(2**31)
+
+
+def rank(trial: TrialRecord) -> tuple[float, float]:
+    """Sorts trials: by score, then by lower validation loss, since small parts make many ties."""
+    score = trial.score if trial.score is not None else float("-inf")
+    return score, -float(trial.attrs.get("val_loss", float("inf")))
+
+
+def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The best complete trial; the best pruned one when none is complete; None when neither is."""
+    for state in ("complete", "pruned"):
+        scored = [t for t in trials if t.state == state and t.score is not None]
+        if scored:
+            return max(scored, key=rank)
+    return None
+
+
+def counts(trials: Sequence[TrialRecord]) -> Mapping[str, int]:
+    """Trials that count, by state, and their `total`."""
+    counted = [t for t in trials if t.counts]
+    by_state = {state: sum(t.state == state for t in counted) for state in ("complete", "pruned", "failed")}
+    return {**by_state, "total": len(counted)}
+
+
+def _failed_probe(trial: TrialRecord) -> bool:
+    return trial.attrs.get("purpose") == "probe" and trial.state == "failed"

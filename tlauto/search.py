@@ -1,0 +1,297 @@
+"""The loop: ask, hand out, wait, report, decide, tell. Single-threaded; it never imports torch."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tlauto.config import SearchConfig
+from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, trains_backbone
+from tlauto.errors import TrialError, WorkerDied
+from tlauto.events import Emit, EpochEnded, Progress, Said, TrialEnded, TrialStarted, ignore
+from tlauto.pool.base import Event
+from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
+from tlauto.prepare import Session, open_session
+from tlauto.results.finish import bundle_job, finish
+from tlauto.schedule import best_trial, counts, rank
+from tlauto.study import INTERRUPTED
+
+HOPELESS = 5
+"""So many failures before the first success end the search."""
+
+GRACE_S = 2.5
+"""How long an interrupted search waits for a bundle that is being written."""
+
+
+@dataclass
+class _Job:
+    """What a busy slot does: a trial, or the bundle of the trial it just ran."""
+
+    spec: TrialSpec
+    started: float
+    is_bundle: bool = False
+    epochs: int = 0
+
+
+@dataclass
+class _Loop:
+    session: Session
+    emit: Emit
+    interrupted: threading.Event
+    busy: dict[str, _Job] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    spent_before: float = 0.0
+    saved_at: float = 0.0
+    bundled: int | None = None
+    failures: int = 0
+
+
+def run(config: SearchConfig, *, emit: Emit = ignore) -> tuple[Session, bool]:
+    """Search until the totals are reached or the user stops it.
+
+    Returns: the session, its workers ended, and whether it was interrupted. The best model so far
+    is in the study's folder in either case.
+    Raises: TlautoError of the fitting kind.
+    """
+    session = open_session(config, emit=emit)
+    interrupted = threading.Event()
+    state = "interrupted"
+    with _signals(interrupted):
+        try:
+            loop = _Loop(session, emit, interrupted)
+            row = session.store.search(session.name)
+            loop.spent_before = loop.saved_at = float(row["seconds"]) if row else 0.0
+            _search(loop)
+            if not interrupted.is_set():
+                finish(session, emit=emit, interrupted=interrupted)
+            state = "interrupted" if interrupted.is_set() else "finished"
+            _save_time(loop)
+        finally:
+            session.close(state=state, grace_s=0.2 if interrupted.is_set() else 2.0)
+    return session, interrupted.is_set()
+
+
+def _search(loop: _Loop) -> None:
+    while not loop.interrupted.is_set():
+        _fill(loop)
+        if not loop.busy:
+            return
+        for event in loop.session.pool.wait(0.25):
+            _handle(loop, event)
+        _save_time(loop, every_s=5.0)
+    _cut_off(loop)
+
+
+def _fill(loop: _Loop) -> None:
+    """Give every idle slot a trial while the totals allow it."""
+    session = loop.session
+    for slot in session.pool.slots:
+        if slot in loop.busy or not _may_start(loop):
+            continue
+        trials = session.study.trials()
+        record = session.study.ask(session.plan.space, kept=session.plan.kept(trials))
+        spec = session.plan.spec(record, trials)
+        session.store.start_trial(session.name, spec, slot)
+        session.study.note(record.number, slot=slot, seed=spec.seed)
+        loop.busy[slot] = _Job(spec, time.monotonic())
+        session.pool.send(slot, RunTrial(spec))
+        loop.emit(TrialStarted(spec.number, slot, spec.backbone, spec.strategy, spec.head, spec.epochs))
+
+
+def _may_start(loop: _Loop) -> bool:
+    limit = loop.session.config.max_trials
+    running = sum(not job.is_bundle for job in loop.busy.values())
+    done = counts(loop.session.study.trials())["total"]
+    left = seconds_left(loop)
+    return (limit is None or done + running < limit) and (left is None or left > 0)
+
+
+def seconds_left(loop: _Loop) -> float | None:
+    """Seconds that trials may still take; what the final refit will need is held back."""
+    limit = loop.session.config.time_s
+    if limit is None:
+        return None
+    best = best_trial(loop.session.study.trials())
+    refit = 1.3 * float(best.attrs.get("seconds", 0.0)) if best else 0.0
+    return limit - _spent(loop) - refit
+
+
+def _spent(loop: _Loop) -> float:
+    return loop.spent_before + time.monotonic() - loop.started
+
+
+# --- what workers say -------------------------------------------------------------------------------
+
+
+def _handle(loop: _Loop, event: Event) -> None:
+    job = loop.busy.get(event.slot)
+    match event.message:
+        case EpochResult() as result if job:
+            _epoch(loop, event.slot, job, result)
+        case TrialDone() as done if job:
+            _done(loop, event.slot, job, done)
+        case TrialFailed() as failed if job:
+            del loop.busy[event.slot]
+            _failed(loop, event.slot, job, failed)
+        case BundleDone() if job:
+            loop.bundled = job.spec.number
+            del loop.busy[event.slot]
+        case JobFailed(message) if job:
+            loop.emit(Said(f"the best model so far could not be written: {message}"))
+            del loop.busy[event.slot]
+        case Note(text):
+            loop.emit(Said(text))
+        case None if job:
+            del loop.busy[event.slot]
+            _died(loop, job, event)
+
+
+def _epoch(loop: _Loop, slot: str, job: _Job, result: EpochResult) -> None:
+    session = loop.session
+    job.epochs = result.epoch
+    session.store.add_epoch(session.name, result)
+    should_prune = session.study.report(result.number, result.epoch, result.score)
+    left = seconds_left(loop)
+    is_late = left is not None and left <= 0
+    session.pool.send(slot, Answer(go_on=not (should_prune or is_late)))
+    loop.emit(EpochEnded(result.number, slot, result.epoch, result.score))
+
+
+def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
+    session, spec = loop.session, job.spec
+    del loop.busy[slot]
+    before = best_trial(session.study.trials())
+    facts = {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
+    session.store.finish_trial(session.name, done)
+    session.study.note(
+        done.number, val_loss=done.val_loss, seconds=round(done.seconds, 3), best_epoch=done.best_epoch,
+        epochs=done.epochs, trainable_params=done.trainable, **facts,
+    )  # fmt: skip
+    session.study.tell(done.number, done.score, is_pruned=done.is_pruned)
+    loop.failures = 0
+    state = "pruned" if done.is_pruned else "complete"
+    note = f"at epoch {done.epochs}" if done.is_pruned else ""
+    loop.emit(_ended(spec, slot, state, done.score, done.seconds, note))
+    loop.emit(_progress(loop))
+    best = best_trial(session.study.trials())
+    if best and best.number == done.number and (before is None or before.number != best.number):
+        loop.busy[slot] = _Job(spec, time.monotonic(), is_bundle=True)
+        session.pool.send(slot, bundle_job(session, spec, done))
+    _forget_checkpoints(session)
+
+
+def _failed(loop: _Loop, slot: str, job: _Job, failed: TrialFailed) -> None:
+    session, spec = loop.session, job.spec
+    seconds = time.monotonic() - job.started
+    session.store.fail_trial(
+        session.name, spec.number, kind=failed.kind, message=failed.message, detail=failed.detail
+    )
+    session.study.note(spec.number, seconds=round(seconds, 3))
+    session.study.fail(spec.number, kind=failed.kind, message=failed.message)
+    loop.emit(_ended(spec, slot, "failed", None, seconds, f"{failed.kind}: {failed.message}"))
+    loop.emit(_progress(loop))
+    loop.failures += 1
+    if loop.failures >= HOPELESS and best_trial(session.study.trials()) is None:
+        raise TrialError(
+            f"the first {loop.failures} trials all failed, the last with: {failed.message} "
+            f"('tlauto leaderboard {session.name}' lists them; --new starts afresh)"
+        )
+
+
+def _died(loop: _Loop, job: _Job, event: Event) -> None:
+    """A worker ended while it was busy: its trial failed, the slot gets a new worker."""
+    code = event.exitcode
+    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    died = WorkerDied(f"the worker process ended with {how}", exitcode=code)
+    if job.is_bundle:
+        loop.emit(Said(f"the best model so far could not be written: {died}"))
+        return
+    _failed(loop, event.slot, job, TrialFailed(job.spec.number, died.kind, str(died), event.log_tail))
+
+
+def _ended(
+    spec: TrialSpec, slot: str, state: str, score: float | None, seconds: float, note: str
+) -> TrialEnded:
+    return TrialEnded(spec.number, slot, spec.backbone, spec.strategy, spec.head, state, score, seconds, note)
+
+
+def _progress(loop: _Loop) -> Progress:
+    session = loop.session
+    trials = session.study.trials()
+    now, best = counts(trials), best_trial(trials)
+    return Progress(
+        done=now["total"],
+        pruned=now["pruned"],
+        failed=now["failed"],
+        max_trials=session.config.max_trials,
+        seconds=_spent(loop),
+        seconds_left=seconds_left(loop),
+        best_number=best.number if best else None,
+        best_score=best.score if best else None,
+    )
+
+
+# --- stopping and tidying ---------------------------------------------------------------------------
+
+
+def _cut_off(loop: _Loop) -> None:
+    """End what runs, keeping it for the next run; wait a moment for a bundle being written."""
+    session = loop.session
+    deadline = time.monotonic() + GRACE_S
+    while any(job.is_bundle for job in loop.busy.values()) and time.monotonic() < deadline:
+        for event in session.pool.wait(0.1):
+            if isinstance(event.message, (BundleDone, JobFailed)):
+                del loop.busy[event.slot]
+    for slot, job in list(loop.busy.items()):
+        session.pool.kill(slot)
+        if not job.is_bundle:
+            message = "the search was stopped during it"
+            session.store.fail_trial(session.name, job.spec.number, kind=INTERRUPTED, message=message)
+            session.study.fail(job.spec.number, kind=INTERRUPTED, message=message)
+    loop.busy.clear()
+
+
+def _save_time(loop: _Loop, *, every_s: float = 0.0) -> None:
+    spent = _spent(loop)
+    if spent - loop.saved_at >= every_s:
+        loop.session.store.add_seconds(loop.session.name, spent - loop.saved_at)
+        loop.saved_at = spent
+
+
+KEPT_CHECKPOINTS = 5
+"""Fine-tuned trials whose checkpoints stay on disk; those of frozen trials are small and all stay."""
+
+
+def _forget_checkpoints(session: Session) -> None:
+    """Delete the checkpoints of fine-tuned trials that can no longer be chosen."""
+    frozen = {s.name for s in session.plan.space.strategies if not trains_backbone(s)}
+    trained = [
+        t for t in session.study.trials() if t.score is not None and t.params["strategy"] not in frozen
+    ]
+    for trial in sorted(trained, key=rank, reverse=True)[KEPT_CHECKPOINTS:]:
+        (session.plan.trial_folder(trial.number) / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+@contextmanager
+def _signals(interrupted: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the flag; a second SIGINT ends the process in the ordinary way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _frame: object) -> None:
+        interrupted.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
