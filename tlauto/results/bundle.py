@@ -1,0 +1,218 @@
+"""The model bundle: a folder that predicts anywhere, with no pickle and no network.
+
+bundle = load_bundle("tlauto-runs/flowers/model")
+bundle.predict(["photo.jpg"])[0].label
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlauto.contracts import BackboneInfo, TrialDone, TrialSpec
+from tlauto.data.dataset import Dataset
+from tlauto.errors import ConfigError, DataError
+from tlauto.plugins import Registry, loaded_libraries, registry
+from tlauto.results.card import write_card
+from tlauto.results.files import own_file, replaced_folder, sha256
+from tlauto.results.manifest import MANIFEST_FILE, DatasetFacts, Manifest, portable, read_manifest
+from tlauto.results.network import (
+    build_network,
+    check_probe,
+    find_device,
+    load_tensors,
+    probe,
+    save_tensors,
+)
+from tlauto.results.prediction import Prediction, prediction
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from tlauto.training.model import Classifier
+
+WEIGHTS_FILE = "model.safetensors"
+FITTED_FILE = "fitted.txt"
+CARD_FILE = "README.md"
+BATCH = 64
+
+OnUnreadable = Callable[[str, str], None]
+"""Told the path and the reason of an image that cannot be read."""
+
+
+class Bundle:
+    """A model bundle in memory, ready to predict. `load_bundle` makes one.
+
+    Attributes:
+        folder: where it was loaded from.
+        manifest: what is known of it.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._classifier = classifier
+        self._device = device
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes it knows, in the order of its outputs; empty for regression."""
+        return self.manifest.labels
+
+    def predict(
+        self, paths: Iterable[str | Path], top_k: int = 1, *, on_unreadable: OnUnreadable | None = None
+    ) -> list[Prediction]:
+        """The answers for image files, in their order.
+
+        Args:
+            top_k: probabilities kept of each image.
+            on_unreadable: told of each image that cannot be read, which then has no answer.
+
+        Raises: DataError for an unreadable image when `on_unreadable` is not given; ConfigError for
+        a `top_k` below 1.
+        """
+        if top_k < 1:
+            raise ConfigError(f"top-k must be at least 1, not {top_k}")
+        task, classes = self.manifest.task, self.manifest.labels
+        rows = self.outputs((str(path) for path in paths), on_unreadable=on_unreadable)
+        return [prediction(path, row, task=task, classes=classes, top_k=top_k) for path, row in rows]
+
+    def outputs(
+        self, paths: Iterable[str], *, on_unreadable: OnUnreadable | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Each readable image's path with its probabilities (K,), or its value () for regression."""
+        import torch
+
+        remaining = iter(paths)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            while batch := list(islice(remaining, BATCH)):
+                crops: dict[int, np.ndarray] = {}
+                for index, crop in enumerate(threads.map(self._read, batch)):
+                    if not isinstance(crop, DataError):
+                        crops[index] = crop
+                    elif on_unreadable is None:
+                        raise crop
+                    else:
+                        on_unreadable(batch[index], str(crop))
+                if crops:
+                    yield from zip(
+                        (batch[i] for i in crops), self._forward(list(crops.values())), strict=True
+                    )
+
+    def evaluate(self, data: str | Path, *, split: str = "test", **reading: Any) -> dict[str, Any]:
+        """Metrics with intervals on a labelled dataset; see `tlauto.results.evaluation.evaluate`."""
+        from tlauto.results.evaluation import evaluate
+
+        return evaluate(self, data, split=split, **reading)
+
+    def fitted_on(self) -> frozenset[str]:
+        """SHA-256 of the image files that the model was fitted on; raises DataError without the list."""
+        path = own_file(self.folder, FITTED_FILE)
+        return frozenset(path.read_text(encoding="utf-8").split())
+
+    def _read(self, path: str) -> np.ndarray | DataError:
+        from tlauto.training.pixels import centre_crop, decode
+
+        try:
+            return centre_crop(decode(Path(path), self.manifest.input), self.manifest.input)
+        except DataError as error:
+            return error
+
+    def _forward(self, crops: list[np.ndarray]) -> np.ndarray:
+        import numpy as np
+        import torch
+
+        from tlauto.builtin.tasks import task
+        from tlauto.training.batches import normalise
+
+        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # (N, 3, S, S)
+        with torch.inference_mode():
+            logits = self._classifier(normalise(images, self.manifest.input, self._device))
+        return task(self.manifest.task).predict(logits.float().cpu().numpy())
+
+
+def save_bundle(
+    folder: str | Path,
+    *,
+    classifier: Classifier,
+    spec: TrialSpec,
+    dataset: Dataset,
+    info: BackboneInfo,
+    done: TrialDone,
+    evaluated_on: str,
+    comparison: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a trained model as a bundle, whole or not at all, over an older bundle if there is one.
+
+    Args:
+        done: of the trial, with its metrics measured on `evaluated_on`.
+        comparison: against the default recipe, on the same images: "metric", "gain", "low", "high",
+            "significant"; or "default_is_winner".
+
+    Returns: the manifest written. Raises: ConfigError when the folder cannot be written or holds
+    something else.
+    """
+    folder = Path(folder)
+    with replaced_folder(folder) as new:
+        save_tensors(classifier, new / WEIGHTS_FILE)
+        manifest = Manifest(
+            task=spec.task,
+            labels=dataset.classes,
+            backbone=info,
+            input=classifier.source.input,
+            spec=portable(spec),
+            metrics=done.metrics,
+            evaluated_on=evaluated_on,
+            dataset=DatasetFacts.of(dataset, spec.fit_on),
+            sha256=sha256(new / WEIGHTS_FILE),
+            probe=_probe(classifier),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=done.versions or loaded_libraries(),
+            provenance=done.provenance,
+            comparison=comparison,
+        )
+        fitted = sorted({item.sha256 for item in dataset.part(*spec.fit_on)})
+        (new / FITTED_FILE).write_text("".join(f"{digest}\n" for digest in fitted), encoding="utf-8")
+        (new / CARD_FILE).write_text(write_card(manifest, name=folder.name), encoding="utf-8")
+        (new / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _probe(classifier: Classifier) -> tuple[float, ...]:
+    was_training = classifier.training
+    device = next(iter(classifier.state_dict().values())).device
+    outputs = probe(classifier.eval(), classifier.source.input, device)
+    classifier.train(was_training)
+    return tuple(outputs)
+
+
+def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | None = None) -> Bundle:
+    """The bundle in a folder, on a device; reads nothing else and never the network.
+
+    Raises: DataError when it is missing, incomplete, damaged, of a newer format, or no longer
+    answers as it did; UnknownNameError when a plugin that it needs is not installed; ConfigError for
+    a device that this machine does not have.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(
+            f"the model bundle {folder} {what} ('tlauto search' leaves one in <out>/<study>/model)"
+        )
+    manifest = read_manifest(own_file(folder, MANIFEST_FILE))
+    file = own_file(folder, WEIGHTS_FILE)
+    if sha256(file) != manifest.sha256:
+        raise DataError(f"{file} is damaged or was changed: its SHA-256 is not the one in {MANIFEST_FILE}")
+    place = find_device(device)
+    classifier = build_network(folder, file, manifest, plugins or registry())
+    load_tensors(classifier, file)
+    classifier.to(place).eval()
+    check_probe(folder, manifest.probe, probe(classifier, manifest.input, place))
+    return Bundle(folder, manifest, classifier, place)
