@@ -15,7 +15,7 @@ from tlauto.preflight import order
 PREFLIGHT_TIMEOUT_S = 1800.0
 
 
-def _preflight(
+def find_candidates(
     pool: Pool, config: SearchConfig, patterns: tuple[str, ...], emit: Emit
 ) -> dict[str, BackboneInfo]:
     """The usable backbones by id, best prior first, found and built by the first slot's worker.
