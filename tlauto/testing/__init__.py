@@ -1,1 +1,22 @@
-"""Conformance suites for plugin authors: subclass one in three lines."""
+"""Conformance suites for plugin authors: subclass one in three lines.
+
+    from tlauto.testing import FreezeStrategySuite
+    from my_plugin import MyStrategy
+
+    class TestMyStrategy(FreezeStrategySuite):
+        strategy = MyStrategy()
+
+pytest collects the inherited tests. The suites use real networks of a few hundred parameters.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+# Before the imports: only then do failing assertions of the suites show their values.
+pytest.register_assert_rewrite(*(f"tlauto.testing.{name}" for name in ("heads", "providers", "strategies")))
+
+from tlauto.testing.heads import TaskHeadSuite  # noqa: E402
+from tlauto.testing.strategies import FreezeStrategySuite  # noqa: E402
+
+__all__ = ["FreezeStrategySuite", "TaskHeadSuite"]
