@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tlauto.config import SearchConfig, differences, parse_params, parse_seconds, resolve
+from tlauto.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("1.5h", 5400), ("2d", 172800)],
+)
+def test_durations_are_read_as_people_write_them(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "10 parsecs", "0", "-5m", "5x"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"duration|more than zero"):
+        parse_seconds(text)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    (tmp_path / "tlauto.toml").write_text(
+        '[search]\ntrials = 7\nseed = 3\nbackbones = "timm:a,timm:b"\ntime = "2m"\n'
+    )
+    config = resolve({"data": "images", "trials": 9, "seed": None}, folder=tmp_path)
+    assert (config.trials, config.seed, config.preset) == (9, 3, "balanced")
+    assert config.backbones == ("timm:a", "timm:b")
+    assert config.time_s == 120
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[search]\ntrails = 3", "did you mean 'trials'"),
+        ("[serach]\ntrials = 3", "unknown table"),
+        ("[search]\ntrials = 'many'", "not the kind of value"),
+        ("[search\n", "cannot read"),
+    ],
+)
+def test_a_wrong_settings_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "tlauto.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        resolve({"data": "images"}, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"trials": 0},
+        {"trials": -3},
+        {"time_s": -1.0},
+        {"workers": -1},
+        {"seed": -1},
+        {"study": "../escape"},
+        {"preset": "huge"},
+        {"task": "segmentation"},
+        {"weights_dir": "/does/not/exist"},
+        {"weights": {"timm:resnet18": "/does/not/exist.pth"}},
+        {"weights": {"resnet18": __file__}},
+    ],
+)
+def test_impossible_values_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SearchConfig(data="images", **values)  # type: ignore[arg-type]
+
+
+def test_a_config_survives_json() -> None:
+    config = SearchConfig(data="images", backbones=("timm:a",), params={"optim.name": "sgd"}, time_s=3.5)
+    assert SearchConfig.from_json(config.to_json()) == config
+
+
+def test_budgets_may_change_on_resume_but_the_space_may_not() -> None:
+    old = SearchConfig(data="images", trials=10)
+    assert differences(old, SearchConfig(data="images", trials=20, workers=2)) == []
+    assert "seed was 0 and is now 1" in differences(old, SearchConfig(data="images", seed=1))
+
+
+def test_fixed_parameters_keep_their_kinds() -> None:
+    assert parse_params(("a.b=1", "c=0.5", "d=true", "e=sgd", "f=null")) == {
+        "a.b": 1, "c": 0.5, "d": True, "e": "sgd", "f": None,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        parse_params(("oops",))

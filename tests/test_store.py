@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tlauto.contracts import EpochResult, TrialDone, TrialSpec, WeightsOptions
+from tlauto.errors import StoreError
+from tlauto.store import MIGRATIONS, Store, storage_url
+
+
+def spec(number: int) -> TrialSpec:
+    return TrialSpec(
+        number=number, dataset="d.json", task="multiclass", metric="accuracy", backbone="timm:x",
+        strategy="full", head="linear", params={"optim.name": "sgd"}, weights=WeightsOptions(), seed=1,
+        epochs=3, folder="f", cache="c",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(storage_url(tmp_path, None))
+    store.create_search(
+        "s",
+        config="{}",
+        dataset='{"items": []}',
+        fingerprint="f" * 64,
+        root="/r",
+        report="{}",
+        plan={"metric": "x"},
+    )
+    return store
+
+
+def test_what_is_written_is_read_back(store: Store) -> None:
+    store.start_trial("s", spec(0), "cpu:0")
+    store.add_epoch("s", EpochResult(0, 1, 0.5, 1.0, 1.1, 2.0))
+    store.finish_trial("s", TrialDone(0, 0.5, {"accuracy": {"value": 0.5}}, 1.1, 1, 1, 2.0, "checkpoint"))
+    assert store.trials("s")[0]["result"]["score"] == 0.5
+    assert [e["epoch"] for e in store.epochs("s", 0)] == [1]
+    assert store.studies() == ["s"]
+    assert store.search("s")["plan"] == {"metric": "x"}  # type: ignore[index]
+    store.add_model("s", trial=0, folder="m", evaluated_on="test", metrics={"a": 1}, comparison=None)
+    assert store.model("s")["metrics"] == {"a": 1}  # type: ignore[index]
+
+
+def test_the_file_is_in_wal_mode_so_that_readers_do_not_block(store: Store, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "tlauto.db") as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_a_second_coordinator_is_refused_while_the_first_lives(store: Store, tmp_path: Path) -> None:
+    code = (
+        "import sys; from tlauto.store import Store; Store(sys.argv[1]).claim('s');"
+        "print('claimed', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, store.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(StoreError, match=f"process {other.pid}"):
+            store.claim("s")
+        other.kill()
+        other.wait()
+    store.claim("s")
+    assert store.search("s")["pid"] == os.getpid()  # type: ignore[index]
+
+
+def test_a_newer_schema_is_refused(store: Store, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "tlauto.db") as connection:
+        connection.execute("INSERT INTO tlauto_migrations VALUES (?, 0)", (max(MIGRATIONS) + 1,))
+    connection.close()
+    with pytest.raises(StoreError, match="newer tlauto"):
+        Store(store.url)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tlauto.db").write_text("this is not a database, but long enough to look like a header....")
+    with pytest.raises(StoreError, match="not a database"):
+        Store(storage_url(tmp_path, None))
+
+
+@pytest.mark.parametrize("url", ["journal.log", "nosuch://x/y"])
+def test_an_impossible_storage_is_refused(url: str) -> None:
+    with pytest.raises(StoreError, match="cannot use the storage"):
+        Store(url)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from tlauto.builtin.tasks import task
+from tlauto.errors import ConfigError, StoreError
+from tlauto.plugins import registry
+from tlauto.searchspace import SearchSpace
+from tlauto.store import Store
+from tlauto.study import INTERRUPTED, Study
+
+BACKBONES = ("timm:a", "timm:b", "keras:C", "torchvision:d")
+
+
+def make_space(**fixed: object) -> SearchSpace:
+    plugins = registry()
+    strategies = tuple(plugins.strategy(name) for name in ("feature_extraction", "partial", "full"))
+    heads = tuple(plugins.head(name) for name in ("linear", "mlp", "cosine"))
+    return SearchSpace(BACKBONES, strategies, heads, task("multiclass").space, fixed)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    url = f"sqlite:///{tmp_path / 'tlauto.db'}"
+    Store(url).close()
+    return url
+
+
+def test_only_kept_backbones_are_proposed(url: str) -> None:
+    study, space = Study(url, "s", seed=1, create=True), make_space()
+    for _ in range(15):
+        record = study.ask(space, kept=("timm:b", "keras:C"))
+        assert record.params["backbone"] in ("timm:b", "keras:C")
+        study.tell(record.number, 0.5 if record.params["backbone"] == "timm:b" else 0.9)
+
+
+def test_a_proposal_depends_on_the_record_not_on_the_process(url: str, tmp_path: Path) -> None:
+    def propose(name: str, *, reopen: bool) -> list[dict[str, object]]:
+        study, space, seen = Study(url, name, seed=7, create=True), make_space(), []
+        for i in range(12):
+            if reopen:
+                study = Study(url, name, seed=7, create=False)
+            record = study.ask(space)
+            seen.append(dict(record.params))
+            study.tell(record.number, 0.1 * (i % 5))
+        return seen
+
+    assert propose("whole", reopen=False) == propose("stopped", reopen=True)
+
+
+def test_a_point_takes_only_the_parameters_that_apply(url: str) -> None:
+    values = make_space().defaults(strategy="feature_extraction", head="linear")
+    assert not [name for name in values if name.startswith(("finetune.", "augment.", "head.mlp"))]
+    assert "optim.adamw.lr" in values
+    assert "optim.sgd.lr" not in values
+
+
+def test_fixed_values_are_checked_and_used(url: str) -> None:
+    space = make_space(**{"optim.name": "sgd", "head.mlp.dropout": 0.5})
+    record = Study(url, "s", seed=0, create=True).ask(space)
+    assert record.params["optim.name"] == "sgd"
+    with pytest.raises(ConfigError, match=r"did you mean 'optim\.name'"):
+        make_space(**{"optim.nam": "sgd"})
+    with pytest.raises(ConfigError, match=r"optim\.name"):
+        make_space(**{"optim.name": "rmsprop"})
+
+
+def test_interrupted_trials_are_proposed_again_once_and_do_not_count(url: str) -> None:
+    space = make_space()
+    first = Study(url, "s", seed=0, create=True)
+    record = first.ask(space)
+    resumed = Study(url, "s", seed=0, create=False)
+    assert resumed.requeue_interrupted() == [record.number]
+    assert [t.counts for t in resumed.trials()] == [False, False]
+    again = resumed.ask(space)
+    assert again.params == record.params
+    resumed.fail(again.number, kind=INTERRUPTED, message="stopped")
+    assert Study(url, "s", seed=0, create=False).requeue_interrupted() == []
+    assert [t.state for t in resumed.trials()] == ["failed", "failed"]
+
+
+def test_pruned_trials_keep_the_score_of_their_best_epoch(url: str) -> None:
+    study, space = Study(url, "s", seed=0, create=True), make_space()
+    number = study.ask(space).number
+    study.report(number, 1, 0.8)
+    study.report(number, 2, 0.3)
+    study.tell(number, 0.8, is_pruned=True)
+    (trial,) = study.trials()
+    assert (trial.state, trial.score) == ("pruned", 0.8)
+
+
+def test_the_pruner_stops_a_trial_below_the_median(url: str) -> None:
+    study, space = Study(url, "s", seed=0, create=True), make_space()
+    for score in (0.9, 0.8, 0.85):
+        number = study.ask(space).number
+        assert not study.report(number, 1, score)
+        study.report(number, 2, score)
+        study.tell(number, score)
+    number = study.ask(space).number
+    study.report(number, 1, 0.2)
+    assert study.report(number, 2, 0.2)
+
+
+def test_a_study_that_is_not_ours_is_refused(url: str) -> None:
+    optuna.create_study(storage=url, study_name="foreign", direction="minimize")
+    with pytest.raises(StoreError, match="was not made by this version"):
+        Study(url, "foreign", seed=0, create=True)
+    with pytest.raises(StoreError, match="no study 'absent'"):
+        Study(url, "absent", seed=0, create=False)
