@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -36,8 +37,11 @@ class TorchBackbone:
         unpooled: features (N, C, H, W) of (module, images).
 
     `feature_shape` is measured with one forward pass at `input.size`, never read from the network's
-    own claims. Raises: PluginError when the stages do not hold every parameter exactly once or the
-    features have another number of dimensions.
+    own claims. Last stages that `unpooled` does not run through (VGG's dense layers) join the one
+    before them, so that "the last stage" holds something for either kind of features.
+
+    Raises: PluginError when the stages do not hold every parameter exactly once or the features have
+    another number of dimensions.
     """
 
     def __init__(
@@ -51,11 +55,11 @@ class TorchBackbone:
     ) -> None:
         self.module = module
         self.input = input
-        self.stages = tuple(tuple(stage) for stage in stages)
+        self.stages = _checked_stages(module, stages)
         self._pooled = pooled
         self._unpooled = unpooled
-        _check_stages(module, self.stages)
-        self.feature_shape = self._measure()
+        self.feature_shape, ran = self._measure()
+        self.stages = _join_unused_tail(self.stages, ran)
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """Features (N, D) of normalised images (N, 3, H, W)."""
@@ -86,15 +90,23 @@ class TorchBackbone:
         """
         _set_mode(self.module, training=training, inherited=training)
 
-    def _measure(self) -> FeatureShape:
-        modes = {name: module.training for name, module in self.module.named_modules()}
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        self.module.eval()
-        with torch.no_grad():
-            images = torch.zeros(1, 3, self.input.size, self.input.size, device=device)
-            pooled, unpooled = self.pooled(images), self.unpooled(images)
-        for name, module in self.module.named_modules():
-            module.training = modes[name]
+    def _measure(self) -> tuple[FeatureShape, set[str]]:
+        """The shape of the features, and the names of the modules that `unpooled` called."""
+        modes = {module: module.training for module in self.module.modules()}
+        ran: set[str] = set()
+        hooks = [m.register_forward_hook(_noting(ran, name)) for name, m in self.module.named_modules()]
+        images = torch.zeros(1, 3, self.input.size, self.input.size, device=_device_of(self.module))
+        try:
+            self.module.eval()
+            with torch.no_grad():
+                unpooled = self.unpooled(images)
+                called = set(ran)
+                pooled = self.pooled(images)
+        finally:
+            for handle in hooks:
+                handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
         if pooled.ndim != 2 or unpooled.ndim != 4:
             raise PluginError(
                 f"the backbone {type(self.module).__name__} gives pooled features of shape "
@@ -102,7 +114,7 @@ class TorchBackbone:
                 f"they must be (N, D) and (N, C, H, W)"
             )
         channels, height, width = unpooled.shape[1:]
-        return FeatureShape(pooled.shape[1], (channels, height, width))
+        return FeatureShape(pooled.shape[1], (channels, height, width)), called
 
 
 def hash_weights(backbone: Backbone) -> str:
@@ -147,7 +159,7 @@ def stages_by_resolution(
     """Stages of a convolutional network: runs of units whose outputs have the same height and width.
 
     This is the usual meaning of a stage (ResNet's `layer1` to `layer4`, VGG's five blocks), measured
-    instead of listed by architecture. Units behind the feature map form one more stage.
+    instead of listed by architecture.
 
     Args:
         units: names of submodules in the order they run.
@@ -158,10 +170,9 @@ def stages_by_resolution(
     stage_of: dict[str, int] = {}
     last: int | None = None
     for i, unit in enumerate(units):
-        height = heights.get(unit)
-        new_stage = i == 0 or height != last
-        stage_of[unit] = max(stage_of.values(), default=-1) + int(new_stage)
-        last = height
+        starts = i == 0 or heights.get(unit) != last
+        stage_of[unit] = max(stage_of.values(), default=-1) + int(starts)
+        last = heights.get(unit)
     names: list[list[str]] = [[] for _ in range(max(stage_of.values()) + 1)]
     current = 0
     for name, _ in module.named_parameters():
@@ -169,6 +180,15 @@ def stages_by_resolution(
         current = stage_of.get(unit, current)
         names[current].append(name)
     return merge_norm_stages(module, names)
+
+
+def units_of(module: nn.Module) -> list[str]:
+    """Names of a module's children in order, those of a list or sequence in its place."""
+    units: list[str] = []
+    for name, child in module.named_children():
+        is_list = isinstance(child, (nn.Sequential, nn.ModuleList)) and len(child) > 0
+        units += [f"{name}.{inner}" for inner, _ in child.named_children()] if is_list else [name]
+    return units
 
 
 def merge_norm_stages(module: nn.Module, groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
@@ -194,14 +214,16 @@ def merge_norm_stages(module: nn.Module, groups: Iterable[Iterable[str]]) -> tup
 
 def _output_heights(
     module: nn.Module, units: Sequence[str], *, size: int, run: Features
-) -> Mapping[str, int | None]:
-    heights: dict[str, int | None] = {}
+) -> Mapping[str, int]:
+    heights: dict[str, int] = {}
 
     def remember(unit: str) -> Callable[[nn.Module, object, object], None]:
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            is_map = isinstance(output, torch.Tensor) and output.ndim == 4
-            # The images are square: axis 2 is as long as the height in NCHW and in Swin's NHWC maps.
-            heights[unit] = output.shape[2] if is_map and isinstance(output, torch.Tensor) else None
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            if isinstance(first, torch.Tensor) and first.ndim > 2:
+                # The images are square: axis 2 is as long as the height in NCHW and in Swin's NHWC
+                # maps. Of tokens (N, L, C) it is their number.
+                heights[unit] = first.shape[2 if first.ndim == 4 else 1]
 
         return hook
 
@@ -210,7 +232,7 @@ def _output_heights(
     try:
         module.eval()
         with torch.no_grad():
-            run(module, torch.zeros(1, 3, size, size))
+            run(module, torch.zeros(1, 3, size, size, device=_device_of(module)))
     finally:
         module.train(was_training)
         for handle in hooks:
@@ -218,16 +240,38 @@ def _output_heights(
     return heights
 
 
-def _check_stages(module: nn.Module, stages: tuple[tuple[str, ...], ...]) -> None:
-    named = [name for stage in stages for name in stage]
+def _checked_stages(module: nn.Module, stages: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    made = tuple(tuple(stage) for stage in stages)
+    counts = Counter(name for stage in made for name in stage)
     expected = {name for name, _ in module.named_parameters()}
-    twice = sorted({name for name in named if named.count(name) > 1}) if len(set(named)) < len(named) else []
-    wrong = [*twice, *sorted(set(named) ^ expected)]
+    wrong = sorted({name for name, count in counts.items() if count > 1} | (set(counts) ^ expected))
     if wrong:
         raise PluginError(
             f"the stages of {type(module).__name__} must name every parameter exactly once; "
             f"look at '{wrong[0]}' ({len(wrong)} in all)"
         )
+    return made
+
+
+def _noting(ran: set[str], name: str) -> Callable[[nn.Module, object, object], None]:
+    def hook(_module: nn.Module, _inputs: object, _output: object) -> None:
+        ran.add(name)
+
+    return hook
+
+
+def _join_unused_tail(stages: tuple[tuple[str, ...], ...], ran: set[str]) -> tuple[tuple[str, ...], ...]:
+    """`stages` with trailing ones of which no module ran joined to the last one that did."""
+
+    def is_used(parameter: str) -> bool:
+        parts = parameter.split(".")[:-1]
+        # A parent counts: attention reads its inner layers' weights without calling them. A parameter
+        # of the network itself, such as a class token, is taken as used.
+        return not parts or any(".".join(parts[: i + 1]) in ran for i in range(len(parts)))
+
+    used = [i for i, stage in enumerate(stages) if any(is_used(name) for name in stage)]
+    last = used[-1] if used else len(stages) - 1
+    return (*stages[:last], tuple(name for stage in stages[last:] for name in stage))
 
 
 def _set_mode(module: nn.Module, *, training: bool, inherited: bool) -> None:
@@ -244,3 +288,7 @@ def _set_mode(module: nn.Module, *, training: bool, inherited: bool) -> None:
 
 def _is_batch_norm(module: nn.Module) -> bool:
     return hasattr(module, "running_mean") and hasattr(module, "running_var")
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

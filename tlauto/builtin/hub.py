@@ -73,12 +73,12 @@ def _download_from_hub(hub_id: str, filename: str | None, *, id: str) -> Path:
     files.check_network(constants.ENDPOINT, id=id)
     repo, _, revision = hub_id.partition("@")
     # The base class is the error of the hub's HTTP client, whichever client its version uses.
-    broken: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__[:1])
+    broken: tuple[type[BaseException], ...] = (EntryNotFoundError, OSError, *HfHubHTTPError.__bases__)
     reason: BaseException = WeightsError("it holds no weights file of a known name")
     for name in (filename,) if filename else HUB_FILES:
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))
-        except (*broken, EntryNotFoundError) as error:
+        except broken as error:
             # "Local" means that the hub could not be asked, not that it has no such file.
             if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
                 raise files.download_failed(id, f"{constants.ENDPOINT}/{repo}", error) from None

@@ -94,10 +94,10 @@ class TimmProvider:
         place = self._place(id, name, weights)
         recipe = _recipe(name, place.path if place else None)
         model = _build(id, recipe, place.path if place else None)
-        model.reset_classifier(0)
-        return TorchBackbone(
-            model, _image_input(model, recipe), _stages(model), pooled=_pooled, unpooled=_feature_map
-        )
+        if hasattr(model, "reset_classifier"):  # the language models' vision encoders have none to remove
+            model.reset_classifier(0)
+        input = _image_input(model, recipe)
+        return TorchBackbone(model, input, _stages(model, input.size), pooled=_pooled, unpooled=_feature_map)
 
     def _place(self, id: str, name: str, weights: WeightsOptions) -> _Place | None:
         if not weights.pretrained:
@@ -332,20 +332,28 @@ def _image_input(model: nn.Module, recipe: _Recipe) -> ImageInput:
     )
 
 
-def _stages(model: Any) -> tuple[tuple[str, ...], ...]:
-    """timm's own coarse layer groups, stem first."""
+def _stages(model: Any, size: int) -> tuple[tuple[str, ...], ...]:
+    """timm's own coarse layer groups, stem first; by resolution where timm has none."""
     from timm.models import group_parameters
 
-    from tlauto.backbone import merge_norm_stages
+    from tlauto.backbone import merge_norm_stages, stages_by_resolution, units_of
 
-    groups = group_parameters(model, model.group_matcher(coarse=True))
+    try:
+        groups = group_parameters(model, model.group_matcher(coarse=True))
+    except (
+        AttributeError,
+        AssertionError,
+    ):  # MetaFormer, PiT and CSATv2 have no matcher, RDNet no coarse one
+        return stages_by_resolution(model, units_of(model), size=size, run=_pooled)
     return merge_norm_stages(model, [groups[i] for i in sorted(groups)])
 
 
 def _pooled(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """(N, D): what the classifier would read."""
+    """(N, D): what the classifier would read; averaged where the network itself does not pool."""
     features: torch.Tensor = module(images)
-    return features if features.ndim == 2 else features.flatten(2).mean(dim=2)
+    if features.ndim == 3:  # (N, L, C)
+        return features.mean(dim=1)
+    return features.mean(dim=(2, 3)) if features.ndim == 4 else features
 
 
 def _feature_map(module: Any, images: torch.Tensor) -> torch.Tensor:
@@ -359,9 +367,10 @@ def _feature_map(module: Any, images: torch.Tensor) -> torch.Tensor:
         return _pooled(module, images)[:, :, None, None]
     if features.ndim == 3:  # (N, L, C)
         patches = features[:, getattr(module, "num_prefix_tokens", 0) :].transpose(1, 2)
-        length = patches.shape[2]
-        side = math.isqrt(length)
-        height, width = (side, side) if side * side == length else (length, 1)
-        return cast("torch.Tensor", patches.reshape(patches.shape[0], patches.shape[1], height, width))
+        if patches.shape[2] > 1 and math.isqrt(patches.shape[2] - 1) ** 2 == patches.shape[2] - 1:
+            patches = patches[:, :, 1:]  # CoaT and VOLO do not declare their class token
+        side = math.isqrt(patches.shape[2])
+        shape = (side, side) if side * side == patches.shape[2] else (-1, 1)
+        return cast("torch.Tensor", patches.unflatten(2, shape))
     is_nhwc = str(getattr(module, "output_fmt", "NCHW")).endswith("NHWC")
     return cast("torch.Tensor", features.permute(0, 3, 1, 2) if is_nhwc else features)

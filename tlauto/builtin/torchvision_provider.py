@@ -282,24 +282,14 @@ def _build(arch: str, recipe: _Recipe) -> tuple[Any, tuple[str, ...]]:
 
 
 def _backbone(model: Any, input: ImageInput) -> Backbone:
-    from tlauto.backbone import TorchBackbone, stages_by_resolution, stages_by_unit
+    from tlauto.backbone import TorchBackbone, stages_by_resolution, stages_by_unit, units_of
 
     if hasattr(model, "encoder"):  # the vision transformers
         layers = [f"encoder.layers.{name}" for name, _ in model.encoder.layers.named_children()]
         stages = stages_by_unit(model, ["conv_proj", *layers])
         return TorchBackbone(model, input, stages, pooled=_forward, unpooled=_patch_tokens)
-    units = []
-    for name, child in model.named_children():
-        inner = [f"{name}.{n}" for n, _ in child.named_children()] if _is_list(child) else []
-        units += inner or [name]
-    stages = stages_by_resolution(model, units, size=input.size, run=_forward)
+    stages = stages_by_resolution(model, units_of(model), size=input.size, run=_forward)
     return TorchBackbone(model, input, stages, pooled=_forward, unpooled=_feature_map)
-
-
-def _is_list(module: nn.Module) -> bool:
-    from torch import nn
-
-    return isinstance(module, (nn.Sequential, nn.ModuleList))
 
 
 def _forward(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
