@@ -117,10 +117,11 @@ def check_files(
 
 
 def memory_file(root: str | Path) -> Path:
-    """Where the checks of a dataset folder are remembered, in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """Where the checks of a dataset are remembered, in the user's cache folder (or `TLAUTO_CACHE`)."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    base = os.environ.get("TLAUTO_CACHE") or os.path.join(home, "tlauto")
     name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
-    return Path(base, "tlauto", "checks", f"{name}.jsonl")
+    return Path(base, "checks", f"{name}.jsonl")
 
 
 def _usable_cores() -> int:

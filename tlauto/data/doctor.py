@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,11 +79,7 @@ class DoctorReport:
         """Sentences on what was left out or may spoil a result, worst first."""
         return tuple(_warnings(self))
 
-    def to_json(self) -> str:
-        """The report as JSON with the names of `as_dict`."""
-        return json.dumps(self.as_dict(), indent=2)
-
-    def as_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The report as plain data, without the single checks; `version` changes with the names."""
         return {
             "version": 1,

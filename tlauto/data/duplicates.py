@@ -142,7 +142,8 @@ def _detail(images: Array) -> Array:
     import numpy as np
 
     size = LOOK_SIDE // _COARSE
-    return images - np.repeat(np.repeat(_blocks(images), size, axis=1), size, axis=2)
+    detail: Array = images - np.repeat(np.repeat(_blocks(images), size, axis=1), size, axis=2)
+    return detail
 
 
 def _unit(images: Array) -> Array:

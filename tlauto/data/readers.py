@@ -15,7 +15,8 @@ from tlauto.data.raw import RawDataset, Record
 from tlauto.errors import DataError
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-_HIDDEN = ("__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini")
+# Left by other programs, and our own workspace where the data lies in the current folder.
+_HIDDEN = ("__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini", "tlauto-runs")
 
 
 def read(
