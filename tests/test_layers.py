@@ -12,10 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset({"errors", "space", "contracts"})
-LAYER_1 = frozenset({"hookspecs", "plugins", "config", "recipe", "metrics", "data", "devices", "searchspace"})
-LAYER_2 = frozenset({"store", "study", "training", "builtin", "backbone"})
-LAYER_3 = frozenset({"worker", "pool"})
-LAYER_4 = frozenset({"search", "results"})
+LAYER_1 = frozenset(
+    {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
+)
+NETWORKS = frozenset({"backbone", "keras_network"})
+LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS
+LAYER_3 = frozenset({"worker", "pool", "preflight"})
+LAYER_4 = frozenset({"search", "prepare", "candidates", "schedule", "results"})
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
 IMAGES = frozenset({"PIL", "numpy", "sklearn", "scipy"})
@@ -38,20 +41,19 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(LAYER_1, Rule(BELOW_2, frozenset({"pluggy"}), none, IMAGES | {"rich"}))
     rules["store"] = Rule(BELOW_2, frozenset({"sqlalchemy"}))
     rules["study"] = Rule(BELOW_2, frozenset({"optuna"}))
-    rules["backbone"] = Rule(BELOW_2, frozenset({"torch", "numpy"}), none, LIBRARIES)
-    rules["training"] = Rule(BELOW_2 | {"backbone"}, LIBRARIES, none, LIBRARIES)
-    rules["builtin"] = Rule(BELOW_2, none, frozenset({"backbone"}), LIBRARIES)
-    rules |= dict.fromkeys(
-        LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training", "builtin"}), LIBRARIES)
-    )
-    below_4 = BELOW_2 | {"store", "study"} | LAYER_3 | LAYER_4
-    rules |= dict.fromkeys(LAYER_4, Rule(below_4, frozenset({"rich"}), LAYER_2, LIBRARIES))
+    rules |= dict.fromkeys(NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy"}), none, LIBRARIES))
+    # Tasks are no plugins: training finds them by name, inside functions.
+    rules["training"] = Rule(BELOW_2 | NETWORKS, LIBRARIES, frozenset({"builtin.tasks"}), LIBRARIES)
+    rules["builtin"] = Rule(BELOW_2, none, NETWORKS, LIBRARIES)
+    rules |= dict.fromkeys(LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training"}), LIBRARIES))
+    # The worker is an entry of its own: it also writes the bundle, where torch already is.
+    rules["worker"] = Rule(BELOW_2 | LAYER_3, none, frozenset({"training", "results.bundle"}), LIBRARIES)
+    below_4 = BELOW_2 | {"store", "study", "builtin"} | LAYER_3 | LAYER_4
+    rules |= dict.fromkeys(LAYER_4, Rule(below_4, none, LAYER_2, LIBRARIES))
     everything = BELOW_2 | LAYER_2 | LAYER_3 | LAYER_4 | LAYER_5 | {"testing"}
-    rules |= dict.fromkeys(
-        LAYER_5,
-        Rule(LAYER_0 | LAYER_5, frozenset({"click"}), everything, LIBRARIES | {"rich", "optuna_dashboard"}),
-    )
-    rules["testing"] = Rule(BELOW_2 | {"backbone", "testing"}, LIBRARIES | {"pytest"}, LAYER_2, LIBRARIES)
+    shown = LIBRARIES | {"rich", "optuna_dashboard"}
+    rules |= dict.fromkeys(LAYER_5, Rule(BELOW_2 | LAYER_5, frozenset({"click"}), everything, shown))
+    rules["testing"] = Rule(BELOW_2 | NETWORKS | {"testing"}, LIBRARIES | {"pytest"}, LAYER_2, LIBRARIES)
     rules["__init__"] = Rule(LAYER_0 | {"hookspecs"}, none, frozenset({"api"}))
     rules["__main__"] = Rule(frozenset({"cli"}))
     return rules
@@ -115,7 +117,7 @@ def _refusal(part: str, found: Import) -> str | None:
     if top == "tlauto":
         target = rest[0] if rest else "__init__"
         allowed = rule.top | {part} | (rule.inside if found.is_inside else frozenset())
-        return None if target in allowed else f"tlauto.{target}"
+        return None if allowed & {target, ".".join(rest[:2])} else found.module
     libraries = rule.libraries | (rule.inside_libraries if found.is_inside else frozenset())
     return None if top in libraries else top
 
@@ -172,4 +174,6 @@ def test_a_forbidden_import_is_refused() -> None:
     assert _refusal("contracts", Import("torch", 1, is_inside=True, is_typing=False)) == "torch"
     assert _refusal("builtin", Import("timm.models", 1, is_inside=False, is_typing=False)) == "timm"
     assert _refusal("builtin", Import("timm.models", 1, is_inside=True, is_typing=False)) is None
+    assert _refusal("training", Import("tlauto.builtin.tasks", 1, is_inside=True, is_typing=False)) is None
+    assert _refusal("training", Import("tlauto.builtin.heads", 1, is_inside=True, is_typing=False))
     assert _refusal("store", Import("tlauto.study", 1, is_inside=False, is_typing=False)) == "tlauto.study"
