@@ -54,7 +54,7 @@ def test_every_command_has_a_module_with_help_that_begins_with_a_verb_and_shows_
     for name, (module, _) in COMMANDS.items():
         command = importlib.import_module(f"tlauto.cli.{module}").command
         assert isinstance(command, click.Command), name
-        text = command.help or ""
+        text = f"{command.help or ''}\n{command.epilog or ''}"
         assert text[:1].isupper(), f"tlauto {name} --help says nothing"
         assert f"tlauto {name}" in text, f"tlauto {name} --help shows no example"
 
