@@ -2,12 +2,13 @@
 
 from tlauto.data.checks import memory_file
 from tlauto.data.dataset import Dataset, Item
-from tlauto.data.doctor import DoctorReport, examine
+from tlauto.data.doctor import examine
 from tlauto.data.fingerprint import fingerprint
 from tlauto.data.images import IMAGE_SUFFIXES, open_rgb
 from tlauto.data.load import load_dataset
 from tlauto.data.raw import RawDataset, Record
 from tlauto.data.readers import read
+from tlauto.data.report import DoctorReport
 from tlauto.data.split import make_dataset
 
 __all__ = [

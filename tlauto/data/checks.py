@@ -116,6 +116,11 @@ def check_files(
     return [results[index] for index in range(len(files))]
 
 
+def brightest(look: str) -> int:
+    """The highest grey level, 0 to 255, of a `FileCheck.look`."""
+    return max(base64.b64decode(look)[: LOOK_SIDE**2])
+
+
 def memory_file(root: str | Path) -> Path:
     """Where the checks of a dataset are remembered, in the user's cache folder (or `TLAUTO_CACHE`)."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 
-from tlauto.data.doctor import DoctorReport
 from tlauto.data.raw import RawDataset
+from tlauto.data.report import DoctorReport
 
 
 def fingerprint(raw: RawDataset, report: DoctorReport) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tlauto.data.dataset import Dataset
-from tlauto.data.doctor import DoctorReport, examine
+from tlauto.data.doctor import examine
 from tlauto.data.readers import read
+from tlauto.data.report import DoctorReport
 from tlauto.data.split import make_dataset
 
 

@@ -19,6 +19,12 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _HIDDEN = ("__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini", "tlauto-runs")
 
 
+# What datasets of boxes and masks, or with a lost manifest, call their folders.
+_NOT_CLASSES = frozenset(
+    f(name) for name in ("images", "imgs", "masks", "labels", "annotations") for f in (str, str.capitalize)
+) | {"JPEGImages"}
+
+
 def read(
     path: str | Path,
     *,
@@ -206,6 +212,12 @@ def _read_folders(found: _Found, task: str) -> RawDataset:
     records = _class_records(found, places, notes)
     if not records:
         raise DataError(_nothing(found))
+    names = {label for _, label, _ in records}
+    if names <= _NOT_CLASSES:
+        raise DataError(
+            f"'{found.root}' has no class folders, only {', '.join(sorted(names))}; make one folder of "
+            f"images per class, or list path,label in a CSV file"
+        )
     cells = [Cell(f"folder '{label}'", label) for _, label, _ in records]
     task, labels, _ = read_labels(cells, task="multiclass" if task == "auto" else task)
     made = [Record(path, label, split) for (path, _, split), label in zip(records, labels, strict=True)]

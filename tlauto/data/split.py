@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from tlauto.data.dataset import Dataset, Item, Target
-from tlauto.data.doctor import DoctorReport
 from tlauto.data.duplicates import joined, same_groups
 from tlauto.data.fingerprint import fingerprint
 from tlauto.data.raw import Label, RawDataset, Record, classes_of
+from tlauto.data.report import DoctorReport
 from tlauto.errors import DataError
 
 FEWEST_VALUES = 10
@@ -105,8 +105,9 @@ def _require_variety(raw: RawDataset, records: Sequence[Record], classes: Sequen
 
 def _require_no_leaks(report: DoctorReport, records: Sequence[Record]) -> None:
     if report.leaks:
+        groups = "1 group" if len(report.leaks) == 1 else f"{len(report.leaks)} groups"
         raise DataError(
-            f"{len(report.leaks)} groups of identical images lie in more than one split of '{report.root}', "
+            f"{groups} of identical images in more than one split of '{report.root}', "
             f"e.g. {' = '.join(report.leaks[0][:3])}; remove the copies, or accept them with --allow-leaks "
             f"('tlauto doctor --json' lists them all)"
         )
