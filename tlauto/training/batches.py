@@ -53,14 +53,16 @@ class Stream:
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
         self.random = np.random.default_rng(seed)
-        self.waiting: list[int] = []
+        self.shuffle: list[int] = []
+        self.used = 0
 
     def take(self, size: int) -> list[int]:
         """The next `size` indices."""
-        while len(self.waiting) < size:
-            self.waiting += self.random.permutation(self.count).tolist()
-        taken, self.waiting = self.waiting[:size], self.waiting[size:]
-        return taken
+        while len(self.shuffle) - self.used < size:
+            self.shuffle = self.shuffle[self.used :] + self.random.permutation(self.count).tolist()
+            self.used = 0
+        self.used += size
+        return self.shuffle[self.used - size : self.used]
 
 
 def augmented_batches(

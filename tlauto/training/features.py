@@ -81,6 +81,7 @@ class FeatureSource:
         facts = self.facts
         items = [item for split in splits for item in self.dataset.part(split)]
         about = {"mean": facts.input.mean, "std": facts.input.std, "bgr": facts.input.bgr, "kind": kind}
+        about["device"] = self.device.type  # a GPU rounds differently
         key = contents([items[i] for i in indices], weights=facts.weights, **geometry(facts.input), **about)
         width = (facts.shape.pooled,) if kind == "pooled" else facts.shape.unpooled
 
