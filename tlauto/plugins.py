@@ -6,8 +6,9 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,18 @@ import pluggy
 from tlauto import hookspecs
 from tlauto.contracts import BackboneProvider, FreezeStrategy, TaskHead
 from tlauto.errors import ConfigError, DuplicateNameError, PluginLoadError, UnknownNameError, did_you_mean
+from tlauto.space import Parameter
 
 ENTRY_POINT_GROUP = "tlauto"
 BUILTIN = ("tlauto.builtin.timm_provider", "tlauto.builtin.torchvision_provider",
            "tlauto.builtin.keras_provider", "tlauto.builtin.freezing", "tlauto.builtin.heads")  # fmt: skip
-CORE_HOOKS = {"backbone_providers": "backbone", "freeze_strategies": "strategy", "task_heads": "head"}
+CORE_HOOKS = {"backbone_providers": "provider", "freeze_strategies": "strategy", "task_heads": "head"}
+"""Hooks and the word for what each offers."""
+CONTRACTS: dict[str, type] = {
+    "backbone_providers": BackboneProvider,
+    "freeze_strategies": FreezeStrategy,
+    "task_heads": TaskHead,
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,19 @@ class Registry:
         return value
 
     def names(self, hook: str) -> tuple[str, ...]:
-        """Names offered for a hook, built-ins first, in order of registration."""
-        return tuple(offer.name for offer in self.offers if offer.hook == hook)
+        """Names offered for a hook, each once, built-ins first, in order of registration."""
+        return tuple(dict.fromkeys(offer.name for offer in self.offers if offer.hook == hook))
 
     def source(self, hook: str, name: str) -> str:
         """`distribution version` of what offers a name; raises UnknownNameError."""
         return self._get(hook, name).source
+
+    def clashes(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+        """Hook, name and distributions of each name that more than one plugin offers."""
+        owners: dict[tuple[str, str], list[str]] = {}
+        for offer in self.offers:
+            owners.setdefault((offer.hook, offer.name), []).append(offer.plugin)
+        return tuple((hook, name, tuple(who)) for (hook, name), who in owners.items() if len(who) > 1)
 
     def _get(self, hook: str, name: str) -> Offer:
         found = [o for o in self.offers if o.hook == hook and o.name == name]
@@ -90,11 +105,10 @@ class Registry:
                 plugin=found[-1].plugin,
             )
         if not found:
-            known = self.names(hook)
-            broken = [p.name for p in self.plugins if p.error]
+            broken = sorted({p.name for p in self.plugins if p.error})
             hint = f" (broken plugins: {', '.join(broken)})" if broken else ""
             raise UnknownNameError(
-                f"no {CORE_HOOKS[hook]} '{name}'{did_you_mean(name, known)} "
+                f"no {CORE_HOOKS[hook]} '{name}'{did_you_mean(name, self.names(hook))} "
                 f"('tlauto plugins' lists them){hint}"
             )
         return found[0]
@@ -103,8 +117,9 @@ class Registry:
 def load_plugins(*, trace: Callable[[str], None] | None = None) -> Registry:
     """Load the built-ins and every installed plugin, each by itself.
 
-    `TLAUTO_PLUGINS=a,b` loads only those distributions besides the built-ins. `trace` receives a
-    line for each hook call. Raises: ConfigError when TLAUTO_PLUGINS names what is not installed.
+    `TLAUTO_PLUGINS=a,b` loads only those distributions besides the built-ins, an empty value none.
+    `trace` receives a line for each hook call. Raises: ConfigError when TLAUTO_PLUGINS names what is
+    not installed.
     """
     manager = pluggy.PluginManager("tlauto")
     manager.add_hookspecs(hookspecs)
@@ -113,20 +128,12 @@ def load_plugins(*, trace: Callable[[str], None] | None = None) -> Registry:
         manager.enable_tracing()
     plugins: list[Plugin] = []
     offers: list[Offer] = []
-    for name, version, module, load in _sources():
-        try:
-            loaded = load()
-            manager.register(loaded, name=module)
-            _check_hooks(manager, module, name)
-            made = _ask(manager, module, name, version)
-        except Exception as error:  # noqa: BLE001 a plugin may raise anything; it must not stop the rest
-            if manager.get_plugin(module) is not None:
-                manager.unregister(name=module)
-            plugins.append(Plugin(name, version, module, error=_reason(error)))
-            continue
+    for source in _sources():
+        made, error = _load(manager, source)
+        by_hook = {hook: tuple(offer.name for offer in made if offer.hook == hook) for hook in CORE_HOOKS}
+        shown = {hook: names for hook, names in by_hook.items() if names}
+        plugins.append(Plugin(source.plugin, source.version, source.module, shown, error))
         offers += made
-        by_hook = {h: tuple(o.name for o in made if o.hook == h) for h in CORE_HOOKS}
-        plugins.append(Plugin(name, version, module, {h: n for h, n in by_hook.items() if n}))
     return Registry(plugins, offers)
 
 
@@ -136,35 +143,73 @@ def registry() -> Registry:
     return load_plugins()
 
 
-def _sources() -> Iterable[tuple[str, str, str, Callable[[], Any]]]:
+# --- where plugins are ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One module to load and the distribution it comes from."""
+
+    plugin: str
+    version: str
+    module: str
+    load: Callable[[], Any]
+
+
+def _sources() -> Iterator[_Source]:
     core = _own_version()
     for module in BUILTIN:
-        yield "tlauto", core, module, functools.partial(importlib.import_module, module)
-    wanted = _restriction()
-    entry_points = list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
-    installed = {_distribution(ep) for ep in entry_points}
-    for name in sorted((wanted or set()) - installed):
-        raise ConfigError(
-            f"TLAUTO_PLUGINS names '{name}', which is not an installed plugin"
-            f"{did_you_mean(name, installed)} (installed: {', '.join(sorted(installed)) or 'none'})"
-        )
-    seen: set[tuple[str, str]] = set()
-    for ep in sorted(entry_points, key=lambda e: (_distribution(e), e.name)):
-        key = (_distribution(ep), ep.value)
-        # The same distribution may be found twice on sys.path (an editable install beside a copy).
-        if key in seen or (wanted is not None and key[0] not in wanted):
+        yield _Source("tlauto", core, module, functools.partial(importlib.import_module, module))
+    installed = list(_installed())
+    wanted = _restriction({source.plugin for source in installed})
+    for source in sorted(installed, key=lambda source: (source.plugin, source.module)):
+        if wanted is None or _canonical(source.plugin) in wanted:
+            yield source
+
+
+def _installed() -> Iterator[_Source]:
+    """Every entry point of our group, of the first distribution of each name on sys.path."""
+    seen: set[str] = set()
+    for distribution in importlib.metadata.distributions():
+        # Only ours are parsed: another project's damaged metadata is none of our business.
+        if f"[{ENTRY_POINT_GROUP}]" not in (distribution.read_text("entry_points.txt") or "").split():
             continue
-        seen.add(key)
-        yield key[0], ep.dist.version if ep.dist else "unknown", ep.value, ep.load
+        name, version = str(distribution.name or "unknown"), str(distribution.version or "unknown")
+        if _canonical(name) in seen:
+            continue
+        seen.add(_canonical(name))
+        try:
+            entry_points = distribution.entry_points.select(group=ENTRY_POINT_GROUP)
+        except (TypeError, ValueError) as error:
+            yield _Source(name, version, "entry_points.txt", functools.partial(_unreadable, error))
+            continue
+        for entry_point in entry_points:
+            yield _Source(name, version, entry_point.value, entry_point.load)
 
 
-def _restriction() -> set[str] | None:
+def _unreadable(error: Exception) -> None:
+    raise PluginLoadError(f"its entry_points.txt cannot be read ({error}); install it again")
+
+
+def _restriction(installed: Iterable[str]) -> set[str] | None:
+    """Canonical names in TLAUTO_PLUGINS, None when it is not set."""
     text = os.environ.get("TLAUTO_PLUGINS")
-    return None if text is None else {name.strip() for name in text.split(",") if name.strip()}
+    if text is None:
+        return None
+    wanted = [name.strip() for name in text.split(",") if name.strip()]
+    known = {_canonical(name) for name in installed}
+    for name in wanted:
+        if _canonical(name) not in known:
+            raise ConfigError(
+                f"TLAUTO_PLUGINS names '{name}', which is not an installed plugin"
+                f"{did_you_mean(name, installed)} (installed: {', '.join(sorted(installed)) or 'none'})"
+            )
+    return {_canonical(name) for name in wanted}
 
 
-def _distribution(entry_point: importlib.metadata.EntryPoint) -> str:
-    return entry_point.dist.name if entry_point.dist else entry_point.name
+def _canonical(name: str) -> str:
+    """A distribution's name as package indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _own_version() -> str:
@@ -174,31 +219,82 @@ def _own_version() -> str:
         return "unknown"
 
 
-def _check_hooks(manager: pluggy.PluginManager, module: str, plugin: str) -> None:
-    """Refuse a plugin that implements nothing, or a hook that does not exist (check_pending)."""
+# --- loading one, whatever it does ------------------------------------------------------------------
+
+
+def _load(manager: pluggy.PluginManager, source: _Source) -> tuple[list[Offer], str | None]:
+    """What one source offers, or nothing and the reason why it is broken."""
+    key = f"{source.plugin}:{source.module}"
+    try:
+        manager.register(source.load(), name=key)
+        _check_hooks(manager, key)
+        return _ask(manager, key, source), None
+    # A plugin may raise anything, even exit, and must not stop the rest.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        if manager.get_plugin(key) is not None:
+            manager.unregister(name=key)
+        return [], _reason(error)
+
+
+def _check_hooks(manager: pluggy.PluginManager, key: str) -> None:
+    """Refuse a plugin that implements nothing, or a hook that does not exist."""
+    callers = manager.get_hookcallers(manager.get_plugin(key)) or []
+    for caller in callers:
+        if not caller.has_spec():
+            raise PluginLoadError(f"it implements '{caller.name}', which is no hook{_hint(caller.name)}")
     manager.check_pending()
-    if not manager.get_hookcallers(manager.get_plugin(module)):
-        raise PluginLoadError("it implements no hook; mark one with @tlauto.hookimpl", plugin=plugin)
+    if not callers:
+        raise PluginLoadError("it implements no hook; mark its functions with @tlauto.hookimpl")
 
 
-def _ask(manager: pluggy.PluginManager, module: str, plugin: str, version: str) -> list[Offer]:
-    others = [p for p in manager.get_plugins() if p is not manager.get_plugin(module)]
+def _hint(name: str) -> str:
+    return did_you_mean(name, CORE_HOOKS) or f" (hooks: {', '.join(CORE_HOOKS)})"
+
+
+def _ask(manager: pluggy.PluginManager, key: str, source: _Source) -> list[Offer]:
+    plugin = manager.get_plugin(key)
+    others = [other for other in manager.get_plugins() if other is not plugin]
     made: list[Offer] = []
-    for hook in CORE_HOOKS:
-        for answer in manager.subset_hook_caller(hook, others)():
+    for caller in manager.get_hookcallers(plugin) or []:
+        answers = manager.subset_hook_caller(caller.name, others)()
+        # pluggy leaves out an answer of None.
+        for answer in answers or [None]:
             if not isinstance(answer, (list, tuple)):
-                raise PluginLoadError(f"{hook}() returned {type(answer).__name__}, not a list", plugin=plugin)
+                raise PluginLoadError(f"{caller.name}() returned {_kind(answer)}, not a list")
             for value in answer:
-                name = getattr(value, "name", None)
-                if not isinstance(name, str) or not name:
-                    raise PluginLoadError(f"{hook}() returned an object without a name", plugin=plugin)
-                made.append(Offer(hook, name, value, plugin, version))
+                _check_offer(caller.name, value, {offer.name for offer in made if offer.hook == caller.name})
+                made.append(Offer(caller.name, value.name, value, source.plugin, source.version))
     return made
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, PluginLoadError) else f"{type(error).__name__}: {text}"
+def _check_offer(hook: str, value: Any, taken: set[str]) -> None:
+    """Refuse what does not fulfil its contract now, instead of in the middle of a search."""
+    contract = CONTRACTS[hook]
+    members = {*contract.__annotations__, *(name for name in vars(contract) if not name.startswith("_"))}
+    name = getattr(value, "name", None)
+    label = f"'{name}'" if isinstance(name, str) else f"a {_kind(value)}"
+    if isinstance(value, type):
+        raise PluginLoadError(f"{hook}() returned the class {value.__name__}, not an instance of it")
+    if missing := sorted(member for member in members if not hasattr(value, member)):
+        raise PluginLoadError(f"{hook}() returned {label} without {', '.join(missing)}")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise PluginLoadError(f"{hook}() offers the name {name!r}; use letters, digits, '_' and '-' only")
+    if name in taken:
+        raise PluginLoadError(f"{hook}() offers '{name}' twice")
+    space = getattr(value, "space", {})
+    if not isinstance(space, Mapping) or not all(isinstance(entry, Parameter) for entry in space.values()):
+        raise PluginLoadError(f"the space of '{name}' is not a dict of Float, Int and Choice")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, PluginLoadError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def loaded_libraries() -> dict[str, str]:
