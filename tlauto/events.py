@@ -73,7 +73,7 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial ended: `state` is complete, pruned or failed; `note` says why for the latter two."""
+    """A trial ended: `state` is complete, pruned (`note` is `@EPOCH`) or failed (`note` says why)."""
 
     number: int
     slot: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -207,9 +206,9 @@ def _read_data(
         dataset = dataclasses.replace(Dataset.from_json(row["content"]), root=dataset.root)
     counts = {part: len(dataset.part(part)) for part in ("train", "val", "test")}
     emit(
-        DataRead(dataset.task, len(dataset.classes), counts, len(report.unreadable), tuple(report.warnings()))
+        DataRead(dataset.task, len(dataset.classes), counts, len(report.unreadable), report.warnings)
     )
-    return dataset, json.dumps(report.to_json())
+    return dataset, report.to_json()
 
 
 def _what_changed(study: str, path: str, old: Dataset, new: Dataset) -> str:

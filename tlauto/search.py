@@ -174,7 +174,7 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     session.study.tell(done.number, done.score, is_pruned=done.is_pruned)
     loop.failures = 0
     state = "pruned" if done.is_pruned else "complete"
-    note = f"at epoch {done.epochs}" if done.is_pruned else ""
+    note = f"@{done.epochs}" if done.is_pruned else ""
     loop.emit(_ended(spec, slot, state, done.score, done.seconds, note))
     loop.emit(_progress(loop))
     best = best_trial(session.study.trials())

@@ -53,7 +53,8 @@ class Study:
         existing = {study.study_name for study in optuna.get_all_study_summaries(self._storage)}
         if name not in existing and not create:
             raise StoreError(f"the database has no study '{name}' ('tlauto show' lists what it has)")
-        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=3, n_warmup_steps=1)
+        # From the second epoch, the worse half; only trials that reported that epoch are compared.
+        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=3, n_warmup_steps=2, n_min_trials=2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(

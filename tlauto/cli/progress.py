@@ -191,20 +191,19 @@ def plan_lines(event: Planned) -> list[str]:
     ]
     if event.done:
         lines.append(f"resuming  study '{event.study}' with {event.done} trials done")
-    return lines
+    return [*lines, HEADER]
+
+
+HEADER = "trial  score             time  backbone  strategy  head"
 
 
 def trial_line(event: TrialEnded) -> str:
-    """A finished trial."""
-    what = f"{event.backbone:<26}  {event.strategy:<18} {event.head:<7}"
-    match event.state:
-        case "complete":
-            end = f"{event.score:.3f}"
-        case "pruned":
-            end = f"pruned {event.note} ({event.score:.3f})" if event.score is not None else "pruned"
-        case _:
-            end = f"failed: {event.note}"
-    return f"trial {event.number:>3} {what} {end}  {duration(event.seconds)}"
+    """A finished trial, under `HEADER`; numbers first, so that names of any length line up."""
+    score = "" if event.score is None else f"{event.score:.3f}"
+    state = {"complete": "", "pruned": f"pruned {event.note}"}.get(event.state, event.state)
+    names = f"{event.backbone}  {event.strategy}  {event.head}"
+    why = f"\n       {event.note}" if event.state == "failed" else ""
+    return f"{event.number:>5}  {score:<5} {state:<9} {duration(event.seconds):>6}  {names}{why}"
 
 
 def progress_line(now: Progress) -> str:

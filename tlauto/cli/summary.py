@@ -76,19 +76,18 @@ def result_json(search: Search) -> dict[str, Any]:
 def _print_table(console: Console, rows: Sequence[Row]) -> None:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("trial", justify="right")
-    table.add_column("backbone", overflow="ellipsis", no_wrap=True, max_width=30)
-    table.add_column("strategy", overflow="ellipsis", no_wrap=True)
-    table.add_column("head", overflow="ellipsis", no_wrap=True)
-    table.add_column("score", justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("score", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
+    for name in ("backbone", "strategy", "head"):
+        table.add_column(name, overflow="ellipsis", no_wrap=True)
     for row in rows:
         score = "" if row.score is None else f"{row.score:.3f}"
         if row.state != "complete":
-            score = f"{row.state} {score}".strip()
+            score = f"{score} {row.state}".strip()
         took = "" if row.seconds is None else duration(row.seconds)
-        cells = (str(row.number), row.backbone, row.strategy, row.head, score, took)
+        cells = (str(row.number), score, took, row.backbone, row.strategy, row.head)
         table.add_row(*cells, style="bold green" if row.is_best else None)
     console.print(table)
     for row in rows:
