@@ -73,7 +73,7 @@ def window_of(image: Image.Image, image_input: ImageInput) -> np.ndarray:
     edge = window_edge(image_input)
     canvas = Image.new("RGB", (edge, edge), _fill(image_input))
     canvas.paste(image, (_origin(image.width, image_input), _origin(image.height, image_input)))
-    return np.asarray(canvas)
+    return np.array(canvas)  # a copy: torch wants arrays that it may write to
 
 
 def window_edge(image_input: ImageInput) -> int:
