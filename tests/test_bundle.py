@@ -35,11 +35,13 @@ def write_images(folder: Path, count: int = 6) -> list[Path]:
     return files
 
 
-def make_spec(task: str, head: str, backbone: str, **params: Any) -> TrialSpec:
+def make_spec(
+    task: str, head: str, backbone: str, weights: WeightsOptions = RANDOM, **params: Any
+) -> TrialSpec:
     return TrialSpec(
         number=7, dataset="/home/someone/data.json", task=task, metric="accuracy", backbone=backbone,
         strategy="feature_extraction", head=head, params={f"head.{head}.{k}": v for k, v in params.items()},
-        weights=RANDOM, seed=3, epochs=1, folder="/home/someone/trial", cache="/home/someone/cache",
+        weights=weights, seed=3, epochs=1, folder="/home/someone/trial", cache="/home/someone/cache",
     )  # fmt: skip
 
 
@@ -57,7 +59,8 @@ def make_dataset(files: list[Path], task: str) -> Dataset:
 
 def write_bundle(
     folder: Path, files: list[Path], *, task: str = "multiclass", head: str = "linear",
-    backbone: str = "timm:test_efficientnet", comparison: dict[str, Any] | None = None, **params: Any,
+    backbone: str = "timm:test_efficientnet", weights: WeightsOptions = RANDOM,
+    comparison: dict[str, Any] | None = None, **params: Any,
 ) -> Any:  # fmt: skip
     """Save an untrained classifier as a bundle and return the classifier."""
     import torch
@@ -67,10 +70,10 @@ def write_bundle(
     from tlauto.training.model import assemble
 
     torch.manual_seed(0)
-    spec, dataset = make_spec(task, head, backbone, **params), make_dataset(files, task)
+    spec, dataset = make_spec(task, head, backbone, weights, **params), make_dataset(files, task)
     found, chosen = registry().head(head), registry().provider(backbone.partition(":")[0])
     width = find_task(task).num_outputs(dataset.classes)
-    classifier = assemble(chosen.load(backbone, RANDOM), found, complete(found.space, params), width)
+    classifier = assemble(chosen.load(backbone, weights), found, complete(found.space, params), width)
     # Every tensor away from its initial value, so that one left out would change the answers.
     for tensor in classifier.state_dict().values():
         if tensor.is_floating_point():
@@ -128,6 +131,22 @@ def test_a_loaded_bundle_answers_as_the_saved_model_did(
     found = np.stack([row for _, row in loaded.outputs(map(str, files))])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0
+
+
+REAL = ["timm:mobilenetv2_100.inat_insect_pad_same", "torchvision:squeezenet1_1", "keras:MobileNet-0.50-160"]
+
+
+@pytest.mark.parametrize("backbone", REAL)
+def test_a_bundle_of_a_local_weights_file_loads_without_that_file(
+    backbone: str, real_weights: Path, tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = WeightsOptions(folder=str(real_weights), offline=True)
+    classifier = write_bundle(tmp_path / "model", files, backbone=backbone, weights=options)
+    expected = answers_of(classifier, files, "multiclass")
+    monkeypatch.delenv("TLAUTO_WEIGHTS")
+    found = np.stack([row for _, row in load_bundle(tmp_path / "model").outputs(map(str, files))])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert str(real_weights) not in (tmp_path / "model" / "tlauto.json").read_text(encoding="utf-8")
 
 
 def test_a_bundle_keeps_what_is_needed_to_trust_it(saved: Path) -> None:
