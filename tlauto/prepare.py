@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -208,7 +209,7 @@ def _read_data(
     emit(
         DataRead(dataset.task, len(dataset.classes), counts, len(report.unreadable), report.warnings)
     )
-    return dataset, report.to_json()
+    return dataset, json.dumps(report.to_json())
 
 
 def _what_changed(study: str, path: str, old: Dataset, new: Dataset) -> str:

@@ -116,8 +116,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url
         self._engine = _engine(url)
-        with _explained(url):
-            self._migrate()
+        self._migrate()
 
     def close(self) -> None:
         """Release the connections."""
@@ -140,7 +139,7 @@ class Store:
         plan: Mapping[str, Any],
     ) -> None:  # fmt: skip
         """Record a new search with its dataset and split."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             row = _datasets.insert().values(
                 fingerprint=fingerprint, root=root, content=dataset, report=report
             )
@@ -184,14 +183,14 @@ class Store:
     def start_trial(self, study: str, spec: TrialSpec, slot: str) -> None:
         """Record what is about to run and where."""
         row = {"spec": to_json(spec), "slot": slot, "started_at": time.time()}
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             # A trial that was re-queued keeps its number only when it had none: numbers are unique.
             connection.execute(_trials.insert().values(study=study, number=spec.number, **row))
 
     def add_epoch(self, study: str, result: EpochResult) -> None:
         """Record one epoch."""
         values = {k: getattr(result, k) for k in ("epoch", "score", "train_loss", "val_loss", "seconds")}
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(_epochs.insert().values(study=study, number=result.number, **values))
 
     def finish_trial(self, study: str, done: TrialDone) -> None:
@@ -224,7 +223,7 @@ class Store:
         comparison: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         """Record a bundle that was written."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(
                 _models.insert().values(
                     study=study, trial=trial, folder=folder, evaluated_on=evaluated_on,
@@ -244,22 +243,27 @@ class Store:
 
     # --- inside -----------------------------------------------------------------------------------
 
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with _explained(self.url), self._engine.begin() as connection:
+            yield connection
+
     def _rows(self, query: sa.Select[Any]) -> list[sa.Row[Any]]:
         with _explained(self.url), self._engine.connect() as connection:
             return list(connection.execute(query))
 
     def _update(self, study: str, **values: Any) -> None:
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(_searches.update().where(_searches.c.study == study).values(**values))
 
     def _update_trial(self, study: str, number: int, **values: Any) -> None:
         here = (_trials.c.study == study) & (_trials.c.number == number)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(_trials.update().where(here).values(**values))
 
     def _migrate(self) -> None:
         newest = max(MIGRATIONS)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             known = sa.inspect(connection).has_table("tlauto_migrations")
             version = (
                 connection.execute(sa.select(sa.func.max(_migrations.c.version))).scalar() if known else 0
