@@ -259,7 +259,9 @@ def _build(id: str, recipe: _Recipe, path: Path | None) -> Any:
     """The model with its classifier; strict: a file that does not fit exactly is refused."""
     if path is None:
         return _create(id, recipe, pretrained=False)
-    shapes = {} if path.suffix == ".npz" else files.tensor_shapes(path)
+    from tlauto.backbone import first_mismatches, tensor_shapes
+
+    shapes = {} if path.suffix == ".npz" else tensor_shapes(path)
     reason = ""
     for classes in _class_counts(recipe, shapes):
         # As many classes as the file has: with any other number timm drops to a loose load, which
@@ -280,7 +282,7 @@ def _build(id: str, recipe: _Recipe, path: Path | None) -> Any:
             reason = reason or " ".join(str(error).split())[:200]
     model = _create(id, recipe, pretrained=False)
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    raise files.wrong_weights(id, path, (shapes and files.first_mismatches(expected, shapes)) or reason)
+    raise files.wrong_weights(id, path, (shapes and first_mismatches(expected, shapes)) or reason)
 
 
 def _create(id: str, recipe: _Recipe, **arguments: Any) -> Any:

@@ -77,13 +77,15 @@ class TorchvisionProvider:
 
     def load(self, id: str, weights: WeightsOptions) -> Backbone:
         """The network without its classifier; see `BackboneProvider.load`."""
+        from tlauto.backbone import load_strictly, read_tensors
+
         name = _checked_name(id, weights)
         path = self._file(id, name, weights) if weights.pretrained else None
         recipe = _recipe(name, path)
         model, head = _build(_arch(name), recipe)
         if path is not None:
-            tensors = {_renamed(n): t for n, t in files.read_tensors(path).items() if not n.startswith(head)}
-            files.load_strictly(model, tensors, id=id, path=path)
+            tensors = {_renamed(n): t for n, t in read_tensors(path).items() if not n.startswith(head)}
+            load_strictly(model, tensors, id=id, path=path)
         return _backbone(model, recipe.input)
 
     def _file(self, id: str, name: str, weights: WeightsOptions) -> Path:
