@@ -9,7 +9,8 @@ from pathlib import Path
 from tlauto.data.checks import FileCheck, brightest, check_files
 from tlauto.data.duplicates import MOST_IMAGES_TO_TURN, joined, near_pairs, same_groups
 from tlauto.data.raw import RawDataset, Record, classes_of
-from tlauto.data.report import DoctorReport, Groups, counted
+from tlauto.data.report import DoctorReport, Groups
+from tlauto.data.words import counted
 
 # Grey levels of 255: an image without any above looks black.
 _DARK = 16

@@ -99,6 +99,8 @@ def decode(data: bytes) -> Decoded:
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         with Image.open(BytesIO(data), formats=formats) as opened:
+            # Pillow itself turns a TIFF upright when it loads it, and forgets that it did.
+            was_turned = opened.format == "TIFF" and _turn(opened) is not None
             opened.load()
             turn = _turn(opened)
             rgb = _to_rgb(opened)
@@ -106,7 +108,7 @@ def decode(data: bytes) -> Decoded:
                 image=rgb if turn is None else rgb.transpose(turn),
                 format=str(opened.format),
                 mode=opened.mode,
-                is_rotated=turn is not None,
+                is_rotated=was_turned or turn is not None,
                 is_animated=_is_animated(opened),
             )
     except UnidentifiedImageError:

@@ -25,9 +25,7 @@ class Cell:
 def check_task(task: str) -> None:
     """Raises DataError unless `task` is `auto` or one that labels can be read as."""
     if task != "auto" and task not in TASKS:
-        raise DataError(
-            f"no task '{task}'{did_you_mean(task, TASKS)}; choose auto, {', '.join(TASKS)} with --task"
-        )
+        raise DataError(f"no task '{task}', only auto, {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
 
 
 def read_labels(cells: Sequence[Cell], *, task: str = "auto") -> tuple[str, list[Label], list[str]]:

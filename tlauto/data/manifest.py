@@ -15,6 +15,7 @@ from typing import Any
 from tlauto.data.images import is_image_name
 from tlauto.data.labels import Cell, read_labels
 from tlauto.data.raw import Label, RawDataset, Record
+from tlauto.data.words import counted
 from tlauto.errors import DataError, did_you_mean
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -84,7 +85,7 @@ def read_manifests(
     kept, repeated = _without_repeats(records, rows, columns)
     notes.insert(0, f"images from column '{columns.path}', labels from column '{columns.label}'")
     if repeated:
-        notes.append(f"{repeated} rows repeat another row and are counted once")
+        notes.append(f"{counted(repeated, 'repeated row')} counted once")
     return RawDataset(str(root), "manifest", task, tuple(kept), notes=tuple(notes))
 
 
@@ -195,8 +196,8 @@ def _choose(
     for asked, flag in ((label, "--label-column"), (path, "--path-column"), (group, "--group-column")):
         if asked is not None and asked not in names:
             raise DataError(
-                f"manifest '{file}' has no column '{asked}'{did_you_mean(asked, names)}; "
-                f"{flag} can be {_listed(names)}"
+                f"manifest '{file}' has no column '{asked}' for {flag}, only {_listed(names)}"
+                f"{did_you_mean(asked, names)}"
             )
     path = path or _path_column(file, names, rows)
     split = next((name for name in names if name.lower() == "split" and name != label), None)
@@ -293,7 +294,7 @@ def _missing(missing: list[tuple[_Row, str]], total: int, root: Path) -> str:
             hint = f"write it as {folder.name}/{same[0]}, relative to the manifest's folder"
             break
     first = f"first '{text}' ({row.where})"
-    return f"{len(missing)} of {total} listed images do not exist in '{root}', {first}; {hint}"
+    return f"{len(missing)} of {counted(total, 'listed image')} not found in '{root}', {first}; {hint}"
 
 
 def _without_repeats(records: list[Record], rows: list[_Row], columns: Columns) -> tuple[list[Record], int]:

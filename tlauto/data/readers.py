@@ -12,6 +12,7 @@ from tlauto.data.images import is_image_name
 from tlauto.data.labels import Cell, check_task, read_labels
 from tlauto.data.manifest import MANIFEST_SUFFIXES, SPLIT_NAMES, read_manifests
 from tlauto.data.raw import RawDataset, Record
+from tlauto.data.words import counted
 from tlauto.errors import DataError
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
@@ -203,7 +204,7 @@ def _read_folders(found: _Found, task: str) -> RawDataset:
         kind = "folder"
         places = [(folder, None) for folder in found.folders]
     if found.images and places:
-        notes.append(f"{len(found.images)} images outside any class folder are left out")
+        notes.append(f"{counted(len(found.images), 'image')} outside any class folder left out")
     found.strays += [file.name for file in found.manifests]
     notes += [
         f"{file.name} is not read because there are class folders; pass its path to use it"
@@ -248,7 +249,7 @@ def _split_places(found: _Found, notes: list[str]) -> list[tuple[Path, str | Non
             else:
                 found.strays.append(name)
         if loose:
-            notes.append(f"{loose} images in {folder.name}/ outside any class folder are left out")
+            notes.append(f"{counted(loose, 'image')} in {folder.name}/ outside any class folder left out")
     others = [folder.name for folder in found.folders if folder not in found.split_folders]
     if others:
         notes.append(f"folders beside the splits are not read: {', '.join(others[:6])}")
@@ -278,7 +279,7 @@ def _class_records(
 def _nothing(found: _Found) -> str:
     if found.images:
         return (
-            f"'{found.root}' holds {len(found.images)} images but no class folders; put the images of each "
+            f"'{found.root}' holds {counted(len(found.images), 'image')} but no class folders; put the images of each "
             f"class into a folder of its own, or list path,label in a CSV file"
         )
     kinds = Counter(Path(name).suffix.lower() or "no suffix" for name in found.strays).most_common(3)

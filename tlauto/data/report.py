@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlauto.data.checks import FileCheck
+from tlauto.data.words import counted
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -112,38 +113,21 @@ class DoctorReport:
 
 
 def _warnings(report: DoctorReport) -> Iterable[str]:
-    if report.leaks:
-        yield (
-            f"{_count(report.leaks, 'group')} of identical images in more than one split, "
-            f"e.g. {_example(report.leaks)}"
-        )
+    yield from _copies(report.leaks, "identical images in more than one split")
     if report.unreadable:
         path, reason = report.unreadable[0]
         yield f"{counted(len(report.unreadable), 'unreadable file')} left out, e.g. {path}: {reason}"
-    if report.conflicts:
-        yield (
-            f"{_count(report.conflicts, 'group')} of identical images with different labels, "
-            f"e.g. {_example(report.conflicts)}"
-        )
-    if report.near_leaks:
-        yield (
-            f"{_count(report.near_leaks, 'group')} of nearly identical images in more than one split, "
-            f"e.g. {_example(report.near_leaks)}"
-        )
-    exact = _without(report.exact, report.leaks + report.conflicts)
-    if exact:
-        yield f"{_count(exact, 'group')} of identical images, e.g. {_example(exact)}"
-    near = _without(report.near + report.turned, report.near_leaks)
-    if near:
-        yield f"{_count(near, 'group')} of nearly identical images, e.g. {_example(near)}"
+    yield from _copies(report.conflicts, "identical images with different labels")
+    yield from _copies(report.near_leaks, "nearly identical images in more than one split")
+    yield from _copies(_without(report.exact, report.leaks + report.conflicts), "identical images")
+    yield from _copies(_without(report.near + report.turned, report.near_leaks), "nearly identical images")
     yield from _class_warnings(report)
     if report.strays:
         yield f"{counted(len(report.strays), 'file')} of other kinds ignored, e.g. {report.strays[0]}"
     if report.dark:
-        yield (
-            f"{counted(len(report.dark), 'image')} almost black, e.g. {report.dark[0]} (16-bit files that use "
-            f"only their low bits must be scaled up first)"
-        )
+        # 12-bit camera data in 16-bit files is the usual cause.
+        dark = f"{counted(len(report.dark), 'image')} almost black, e.g. {report.dark[0]}"
+        yield f"{dark} (scale 16-bit files up that use only their low bits)"
 
 
 def _class_warnings(report: DoctorReport) -> Iterable[str]:
@@ -158,18 +142,12 @@ def _class_warnings(report: DoctorReport) -> Iterable[str]:
         yield f"unbalanced: the largest class has {report.imbalance:.1f} times the images of the smallest"
 
 
-def counted(count: int, one: str, many: str | None = None) -> str:
-    """A count with its noun: "1 file", "2 files"."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
-def _count(groups: Groups, what: str) -> str:
-    return f"{counted(len(groups), what)} ({sum(map(len, groups))} images)"
+def _copies(groups: Groups, what: str) -> Iterable[str]:
+    if groups:
+        images = sum(map(len, groups))
+        yield f"{counted(len(groups), 'group')} of {what} ({images} images), e.g. {' = '.join(groups[0][:2])}"
 
 
 def _without(groups: Groups, told: Groups) -> Groups:
-    return tuple(group for group in groups if group not in set(told))
-
-
-def _example(groups: Groups) -> str:
-    return " = ".join(groups[0][:2])
+    known = set(told)
+    return tuple(group for group in groups if group not in known)

@@ -13,6 +13,7 @@ from tlauto.data.duplicates import joined, same_groups
 from tlauto.data.fingerprint import fingerprint
 from tlauto.data.raw import Label, RawDataset, Record, classes_of
 from tlauto.data.report import DoctorReport
+from tlauto.data.words import counted
 from tlauto.errors import DataError
 
 FEWEST_VALUES = 10
@@ -89,7 +90,7 @@ def _require_variety(raw: RawDataset, records: Sequence[Record], classes: Sequen
     if len({record.label for record in records}) > 1:
         if raw.task == "regression" and len(records) < FEWEST_VALUES:
             raise DataError(
-                f"'{raw.root}' has {len(records)} usable images; regression needs at least {FEWEST_VALUES}"
+                f"'{raw.root}' has {counted(len(records), 'usable image')}; regression needs at least {FEWEST_VALUES}"
             )
         return
     if raw.task == "regression":
@@ -105,9 +106,8 @@ def _require_variety(raw: RawDataset, records: Sequence[Record], classes: Sequen
 
 def _require_no_leaks(report: DoctorReport, records: Sequence[Record]) -> None:
     if report.leaks:
-        groups = "1 group" if len(report.leaks) == 1 else f"{len(report.leaks)} groups"
         raise DataError(
-            f"{groups} of identical images in more than one split of '{report.root}', "
+            f"{counted(len(report.leaks), 'group')} of identical images in more than one split of '{report.root}', "
             f"e.g. {' = '.join(report.leaks[0][:3])}; remove the copies, or accept them with --allow-leaks "
             f"('tlauto doctor --json' lists them all)"
         )
@@ -197,7 +197,9 @@ def _units(pool: Sequence[int], homes: Sequence[int], strata: Sequence[tuple[str
 def _require_large_enough(raw: RawDataset, units: Sequence[_Unit], parts: Sequence[str]) -> None:
     what = f"to be in {', '.join(parts[:-1])} and {parts[-1]} (at least {len(parts)} different images)"
     if len(units) < len(parts):
-        raise DataError(f"'{raw.root}' has {len(units)} different usable images, too few {what}; add images")
+        raise DataError(
+            f"'{raw.root}' has {counted(len(units), 'different usable image')}, too few {what}; add images"
+        )
     if raw.task != "multiclass":
         return
     sizes = Counter(name for unit in units for name in unit.strata)
