@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from tlauto.contracts import BackboneInfo, TrialDone, TrialSpec, WeightsOptions
 from tlauto.data.dataset import Dataset, Item
 from tlauto.errors import ConfigError, DataError, UnknownNameError
 from tlauto.plugins import registry
-from tlauto.results.bundle import Bundle, load_bundle, save_bundle
+from tlauto.results.bundle import load_bundle, save_bundle
 from tlauto.results.files import sha256
 
 RANDOM = WeightsOptions(pretrained=False, offline=True)
@@ -374,34 +373,3 @@ def test_a_missing_plugin_is_named_with_how_to_install_it(bundle_folder: Path) -
 def test_a_device_that_is_not_there_is_one_sentence(saved: Path) -> None:
     with pytest.raises(ConfigError, match="this machine has no device 'cuda:99'"):
         load_bundle(saved, "cuda:99")
-
-
-def test_a_search_trial_becomes_a_bundle_with_the_same_predictions(
-    patches: Callable[..., Path], tmp_path: Path
-) -> None:
-    from tlauto.training.fit import run_trial
-    from tlauto.training.model import restore
-
-    root = patches(per_class=10)
-    items = tuple(
-        Item(str(file.relative_to(root)), index, ("train", "train", "val")[i % 3], sha256(file))
-        for index, folder in enumerate(sorted(root.iterdir()))
-        for i, file in enumerate(sorted(folder.iterdir()))
-    )
-    dataset = Dataset(str(root), "multiclass", tuple(sorted(p.name for p in root.iterdir())), items, "0" * 64)
-    spec = dataclasses.replace(
-        make_spec("multiclass", "linear", "timm:test_resnet"),
-        folder=str(tmp_path / "trial"), cache=str(tmp_path / "cache"), epochs=3,
-    )  # fmt: skip
-    done = run_trial(spec, registry(), dataset, device="cpu", on_epoch=lambda _: True)
-    classifier = restore(spec, registry(), dataset, tmp_path / "trial" / done.checkpoint, "cpu")
-    save_bundle(
-        tmp_path / "model", classifier=classifier, spec=spec, dataset=dataset, done=done,
-        info=BackboneInfo(spec.backbone), evaluated_on="val",
-    )  # fmt: skip
-    bundle: Bundle = load_bundle(tmp_path / "model")
-    val = [str(dataset.file(item)) for item in dataset.part("val")]
-    found = np.stack([row for _, row in bundle.outputs(val)])
-    with np.load(tmp_path / "trial" / "predictions.npz") as kept:
-        np.testing.assert_allclose(found, kept["predictions"], rtol=1e-3, atol=1e-4)
-    assert bundle.fitted_on() == {item.sha256 for item in dataset.part("train")}

@@ -41,7 +41,9 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(LAYER_1, Rule(BELOW_2, frozenset({"pluggy"}), none, IMAGES | {"rich"}))
     rules["store"] = Rule(BELOW_2, frozenset({"sqlalchemy"}))
     rules["study"] = Rule(BELOW_2, frozenset({"optuna"}))
-    rules |= dict.fromkeys(NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy"}), none, LIBRARIES))
+    rules |= dict.fromkeys(
+        NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy", "safetensors"}), none, LIBRARIES)
+    )
     # Tasks are no plugins: training finds them by name, inside functions.
     rules["training"] = Rule(BELOW_2 | NETWORKS, LIBRARIES, frozenset({"builtin.tasks"}), LIBRARIES)
     rules["builtin"] = Rule(BELOW_2, none, NETWORKS, LIBRARIES)

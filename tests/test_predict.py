@@ -110,6 +110,16 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
+def test_a_bundle_answers_as_its_trial_did(model: Path, seen: Path) -> None:
+    dataset = dataset_of(seen, "multiclass")
+    bundle = load_bundle(model)
+    files = [str(dataset.file(item)) for item in dataset.part("val")]
+    found = np.stack([row for _, row in bundle.outputs(files)])
+    with np.load(model.parent / "trial" / "predictions.npz") as kept:
+        np.testing.assert_allclose(found, kept["predictions"], rtol=1e-3, atol=1e-4)
+    assert bundle.fitted_on() == {item.sha256 for item in dataset.part("train")}
+
+
 # --- predict ----------------------------------------------------------------------------------------
 
 
