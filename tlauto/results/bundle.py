@@ -7,9 +7,7 @@ bundle.predict(["photo.jpg"])[0].label
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from tlauto.results.network import (
     check_probe,
     find_device,
     load_tensors,
+    make_predictor,
     probe,
     save_tensors,
 )
@@ -32,17 +31,13 @@ from tlauto.results.prediction import Prediction, prediction
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from tlauto.training.model import Classifier
+    from tlauto.training.predictor import OnUnreadable, Predictor
 
 WEIGHTS_FILE = "model.safetensors"
 FITTED_FILE = "fitted.txt"
 CARD_FILE = "README.md"
-BATCH = 64
-
-OnUnreadable = Callable[[str, str], None]
-"""Told the path and the reason of an image that cannot be read."""
 
 
 class Bundle:
@@ -53,13 +48,10 @@ class Bundle:
         manifest: what is known of it.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, predictor: Predictor) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._classifier = classifier
-        self._device = device
+        self._predictor = predictor
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -87,24 +79,11 @@ class Bundle:
     def outputs(
         self, paths: Iterable[str], *, on_unreadable: OnUnreadable | None = None
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Each readable image's path with its probabilities (K,), or its value () for regression."""
-        import torch
+        """Each readable image's path with its probabilities (K,), or its value () for regression.
 
-        remaining = iter(paths)
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            while batch := list(islice(remaining, BATCH)):
-                crops: dict[int, np.ndarray] = {}
-                for index, crop in enumerate(threads.map(self._read, batch)):
-                    if not isinstance(crop, DataError):
-                        crops[index] = crop
-                    elif on_unreadable is None:
-                        raise crop
-                    else:
-                        on_unreadable(batch[index], str(crop))
-                if crops:
-                    yield from zip(
-                        (batch[i] for i in crops), self._forward(list(crops.values())), strict=True
-                    )
+        Raises: DataError for an image that cannot be read, unless there is someone to tell.
+        """
+        return self._predictor.rows(paths, on_unreadable=on_unreadable)
 
     def evaluate(self, data: str | Path, *, split: str = "test", **reading: Any) -> dict[str, Any]:
         """Metrics with intervals on a labelled dataset; see `tlauto.results.evaluation.evaluate`."""
@@ -116,26 +95,6 @@ class Bundle:
         """SHA-256 of the image files that the model was fitted on; raises DataError without the list."""
         path = own_file(self.folder, FITTED_FILE)
         return frozenset(path.read_text(encoding="utf-8").split())
-
-    def _read(self, path: str) -> np.ndarray | DataError:
-        from tlauto.training.pixels import centre_crop, decode
-
-        try:
-            return centre_crop(decode(Path(path), self.manifest.input), self.manifest.input)
-        except DataError as error:
-            return error
-
-    def _forward(self, crops: list[np.ndarray]) -> np.ndarray:
-        import numpy as np
-        import torch
-
-        from tlauto.builtin.tasks import task
-        from tlauto.training.batches import normalise
-
-        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # (N, 3, S, S)
-        with torch.inference_mode():
-            logits = self._classifier(normalise(images, self.manifest.input, self._device))
-        return task(self.manifest.task).predict(logits.float().cpu().numpy())
 
 
 def save_bundle(
@@ -215,4 +174,4 @@ def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | 
     load_tensors(classifier, file)
     classifier.to(place).eval()
     check_probe(folder, manifest.probe, probe(classifier, manifest.input, place))
-    return Bundle(folder, manifest, classifier, place)
+    return Bundle(folder, manifest, make_predictor(classifier, manifest, place))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from tlauto.training.model import Classifier
+    from tlauto.training.predictor import Predictor
 
 Found = TypeVar("Found")
 
@@ -88,6 +89,14 @@ def _offered(what: str, name: str, find: Callable[[str], Found], folder: Path, m
         raise UnknownNameError(
             f"the model bundle {folder} needs the {what} '{name}', which no plugin here offers ({hint})"
         ) from None
+
+
+def make_predictor(classifier: Classifier, manifest: Manifest, device: torch.device) -> Predictor:
+    """What answers for image files with this network."""
+    from tlauto.builtin.tasks import task
+    from tlauto.training.predictor import Predictor
+
+    return Predictor(classifier, manifest.input, task(manifest.task), manifest.labels, device)
 
 
 def probe(classifier: Classifier, image_input: ImageInput, device: torch.device) -> list[float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ from tlauto.training.batches import normalise
 from tlauto.training.model import Classifier
 from tlauto.training.pixels import centre_crop, decode
 
+BATCH = 64
 NAMED = 5  # unreadable files that an error names
+
+OnUnreadable = Callable[[str, str], None]
+"""Told the path and the reason of an image that cannot be read."""
 
 
 class Predictor:
@@ -31,7 +36,7 @@ class Predictor:
         image_input: ImageInput,
         task: Task,
         classes: Sequence[str],
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
     ) -> None:
         self.classifier = classifier.to(device).eval()
         self.input = image_input
@@ -39,36 +44,51 @@ class Predictor:
         self.classes = tuple(classes)
         self.device = torch.device(device)
 
-    def predict_files(self, paths: Sequence[str | Path], batch_size: int = 32) -> np.ndarray:
+    def predict_files(self, paths: Sequence[str | Path]) -> np.ndarray:
         """Probabilities (N, K), or values (N,) for regression, of N >= 1 image files, in order.
 
         Raises: DataError naming the files that cannot be read, or when there are none.
         """
         if not paths:
             raise DataError("no image to predict")
-        with torch.inference_mode():
-            logits = [self._logits(crops) for crops in self._batches(paths, batch_size)]
-        return self.task.predict(torch.cat(logits).numpy())
+        reasons: list[str] = []
+        rows = self.rows((str(path) for path in paths), on_unreadable=lambda _, why: reasons.append(why))
+        answers = [row for _, row in rows]
+        if reasons:
+            more = f" and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+            raise DataError(f"cannot predict: {'; '.join(reasons[:NAMED])}{more}")
+        return np.stack(answers)
 
-    def _logits(self, crops: np.ndarray) -> torch.Tensor:
-        images = normalise(torch.from_numpy(crops).permute(0, 3, 1, 2), self.input, self.device)
-        logits: torch.Tensor = self.classifier(images)
-        return logits.float().cpu()
+    def rows(
+        self, paths: Iterable[str], *, on_unreadable: OnUnreadable | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Each readable file's path with its probabilities (K,), or its value () for regression.
 
-    def _batches(self, paths: Sequence[str | Path], batch_size: int) -> Iterator[np.ndarray]:
-        """Centre crops (N, size, size, 3) of the files."""
-        unreadable: list[str] = []
+        Raises: DataError for a file that cannot be read, unless there is someone to tell.
+        """
+        remaining = iter(paths)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for start in range(0, len(paths), batch_size):
-                crops = list(threads.map(self._crop, paths[start : start + batch_size]))
-                unreadable += [str(crop) for crop in crops if isinstance(crop, DataError)]
-                if not unreadable:
-                    yield np.stack([crop for crop in crops if not isinstance(crop, DataError)])
-        if unreadable:
-            more = f" and {len(unreadable) - NAMED} more" if len(unreadable) > NAMED else ""
-            raise DataError(f"cannot predict: {'; '.join(unreadable[:NAMED])}{more}")
+            while batch := list(islice(remaining, BATCH)):
+                crops: dict[int, np.ndarray] = {}
+                for place, crop in enumerate(threads.map(self._crop, batch)):
+                    if not isinstance(crop, DataError):
+                        crops[place] = crop
+                    elif on_unreadable is None:
+                        raise crop
+                    else:
+                        on_unreadable(batch[place], str(crop))
+                if crops:
+                    answers = self._predict(np.stack(list(crops.values())))
+                    yield from zip((batch[place] for place in crops), answers, strict=True)
 
-    def _crop(self, path: str | Path) -> np.ndarray | DataError:
+    def _predict(self, crops: np.ndarray) -> np.ndarray:
+        """Predictions of centre crops (N, size, size, 3)."""
+        images = torch.from_numpy(crops).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            logits = self.classifier(normalise(images, self.input, self.device))
+        return self.task.predict(logits.float().cpu().numpy())
+
+    def _crop(self, path: str) -> np.ndarray | DataError:
         try:
             return centre_crop(decode(Path(path), self.input), self.input)
         except DataError as error:
