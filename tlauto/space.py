@@ -111,6 +111,13 @@ def complete(space: Space, params: Mapping[str, Any], *, owner: str = "") -> dic
     return values
 
 
+def number(value: Scalar) -> float:
+    """A parameter's value as a number, for type checkers; raises ConfigError when it is none."""
+    if value is None or isinstance(value, (bool, str)):
+        raise ConfigError(f"{value!r} is not a number")
+    return float(value)
+
+
 def to_json(space: Space) -> dict[str, dict[str, Any]]:
     """The space as plain data, each parameter with its `kind`."""
     return {name: {"kind": type(p).__name__, **asdict(p)} for name, p in space.items()}

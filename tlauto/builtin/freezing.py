@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tlauto.contracts import FreezeStrategy, Stages, TrainPlan
 from tlauto.errors import ConfigError
 from tlauto.hookspecs import hookimpl
-from tlauto.space import Float, Int, Scalar, Space
+from tlauto.space import Float, Int, Scalar, Space, number
 
 LAYER_DECAY = Float(0.5, 1.0, default=0.8)
 
@@ -32,8 +32,8 @@ class Partial:
 
     def plan(self, stages: Stages, epoch: int, params: Mapping[str, Scalar]) -> TrainPlan:
         """The parameters of the last `k` stages, in every epoch."""
-        last = stages[max(0, len(stages) - int(str(params["k"]))) :]
-        return _plan(last, stages, float(str(params["layer_decay"])))
+        last = stages[max(0, len(stages) - int(number(params["k"]))) :]
+        return _plan(last, stages, number(params["layer_decay"]))
 
 
 class Full:
@@ -44,7 +44,7 @@ class Full:
 
     def plan(self, stages: Stages, epoch: int, params: Mapping[str, Scalar]) -> TrainPlan:
         """All parameters, in every epoch."""
-        return _plan(stages, stages, float(str(params["layer_decay"])))
+        return _plan(stages, stages, number(params["layer_decay"]))
 
 
 def layer_scales(layer_decay: float, num_stages: int) -> tuple[float, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tlauto.contracts import FeatureShape, TaskHead
 from tlauto.hookspecs import hookimpl
-from tlauto.space import Choice, Float, Int, Scalar, Space
+from tlauto.space import Choice, Float, Int, Scalar, Space, number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ class Linear:
         """(N, D) → dropout → (N, num_outputs)."""
         from torch import nn
 
-        return nn.Sequential(nn.Dropout(_number(params["dropout"])), nn.Linear(shape.pooled, num_outputs))
+        return nn.Sequential(nn.Dropout(number(params["dropout"])), nn.Linear(shape.pooled, num_outputs))
 
 
 class Mlp:
@@ -58,11 +58,11 @@ class Mlp:
         """(N, D) or flattened (N, C, H, W) → `layers` times (hidden → ReLU → dropout) → (N, num_outputs)."""
         from torch import nn
 
-        hidden, dropout = int(_number(params["hidden"])), _number(params["dropout"])
+        hidden, dropout = int(number(params["hidden"])), number(params["dropout"])
         is_flattened = self.features(params) == "unpooled"
         width = prod(shape.unpooled) if is_flattened else shape.pooled
         layers: list[nn.Module] = [nn.Flatten()] if is_flattened else []
-        for _ in range(int(_number(params["layers"]))):
+        for _ in range(int(number(params["layers"]))):
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
             width = hidden
         return nn.Sequential(*layers, nn.Linear(width, num_outputs))
@@ -85,7 +85,7 @@ class Cosine:
 
     def build(self, shape: FeatureShape, num_outputs: int, params: Mapping[str, Scalar]) -> nn.Module:
         """(N, D) → scale x cosine with each class' direction, (N, num_outputs)."""
-        return _cosine(shape.pooled, num_outputs, _number(params["scale"]))
+        return _cosine(shape.pooled, num_outputs, number(params["scale"]))
 
 
 def _cosine(width: int, num_outputs: int, scale: float) -> nn.Module:
@@ -109,10 +109,6 @@ def _cosine(width: int, num_outputs: int, scale: float) -> nn.Module:
             return self.scale * functional.linear(functional.normalize(features, dim=1), directions)
 
     return CosineLayer()
-
-
-def _number(value: Any) -> float:
-    return float(value)
 
 
 @hookimpl

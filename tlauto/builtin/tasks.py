@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlauto.contracts import Task
 from tlauto.errors import ConfigError, DataError, did_you_mean
-from tlauto.space import Choice, Float, Scalar, Space
+from tlauto.space import Choice, Float, Scalar, Space, number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ class Multiclass:
             len(train_targets) / present.sum(), counts, out=np.ones(num_outputs), where=present
         )
         weights = _constant(balanced if params["class_weights"] == "balanced" else np.ones(num_outputs))
-        smoothing = float(str(params["label_smoothing"]))
+        smoothing = number(params["label_smoothing"])
 
         def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             soft = targets if targets.ndim == 2 else functional.one_hot(targets, num_outputs)
