@@ -23,16 +23,25 @@ def write_patch(path: Path, colour: tuple[int, int, int], *, seed: int, size: in
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
 
 
-@pytest.fixture
-def patches(tmp_path: Path) -> Callable[..., Path]:
-    """Make a folder of class folders of colour patches: `patches(per_class=12, classes=3)`."""
+@pytest.fixture(scope="session")
+def make_patches() -> Callable[..., Path]:
+    """Write a folder of class folders of colour patches: `make_patches(folder, per_class=14)`."""
 
-    def make(*, per_class: int = 12, classes: int = 3, name: str = "patches", size: int = 48) -> Path:
-        root = tmp_path / name
+    def make(root: Path, *, per_class: int = 14, classes: int = 3, size: int = 48) -> Path:
         for index, (label, colour) in enumerate(list(COLOURS.items())[:classes]):
             for i in range(per_class):
                 write_patch(root / label / f"{label}{i:03d}.png", colour, seed=1000 * index + i, size=size)
         return root
+
+    return make
+
+
+@pytest.fixture
+def patches(tmp_path: Path, make_patches: Callable[..., Path]) -> Callable[..., Path]:
+    """Make a folder of class folders of colour patches: `patches(per_class=12, classes=3)`."""
+
+    def make(*, name: str = "patches", per_class: int = 12, **sizes: int) -> Path:
+        return make_patches(tmp_path / name, per_class=per_class, **sizes)
 
     return make
 

@@ -113,7 +113,7 @@ def search(
 
     Raises: TlautoError of the fitting kind; each message says what to do.
     """
-    from tlauto.search import run
+    from tlauto.coordinator import run
 
     flags: dict[str, Any] = {
         **settings,

@@ -82,7 +82,7 @@ def command(resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], *
     from tlauto.cli.progress import show_progress
     from tlauto.cli.summary import print_result, result_json
     from tlauto.config import resolve
-    from tlauto.search import run
+    from tlauto.coordinator import run
 
     if resume and flags["new"]:
         raise click.UsageError("--resume and --new exclude each other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import subprocess
@@ -25,6 +26,7 @@ class _Worker:
     log: Path
     generation: int
     log_start: int
+    reader: threading.Thread | None = None
 
 
 class LocalPool:
@@ -76,7 +78,7 @@ class LocalPool:
         worker = self._workers.pop(slot, None)
         if worker:
             worker.process.kill()
-            worker.process.wait()
+            _reap(worker)
 
     def pid(self, slot: str) -> int | None:
         """The process id of a slot's worker, if it has one."""
@@ -92,7 +94,7 @@ class LocalPool:
                 worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
-                worker.process.wait()
+            _reap(worker)
             del self._workers[slot]
 
     def _start(self, name: str) -> _Worker:
@@ -113,7 +115,8 @@ class LocalPool:
             )
             worker = _Worker(process, log, self._generation, errors.tell())
         self._workers[name] = worker
-        threading.Thread(target=self._read, args=(name, worker), daemon=True).start()
+        worker.reader = threading.Thread(target=self._read, args=(name, worker), daemon=True)
+        worker.reader.start()
         return worker
 
     def _read(self, slot: str, worker: _Worker) -> None:
@@ -129,8 +132,20 @@ class LocalPool:
 
     def _settle(self, event: Event) -> Event:
         if event.message is None:
-            del self._workers[event.slot]
+            _reap(self._workers.pop(event.slot))
         return event
+
+
+def _reap(worker: _Worker) -> None:
+    """Wait for a process that is ending, and close its pipes."""
+    worker.process.wait()
+    if worker.reader:
+        worker.reader.join(timeout=2.0)  # a grandchild may hold the pipe open
+    assert worker.process.stdin is not None
+    assert worker.process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # a last line that it never read
+        worker.process.stdin.close()
+    worker.process.stdout.close()
 
 
 def _tail(worker: _Worker) -> str:

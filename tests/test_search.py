@@ -1,0 +1,247 @@
+"""Whole searches through the command line: real processes, real models, a real SQLite file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests_support import TINY, children, command, environment, run
+
+import tlauto
+
+MIXED = ("timm:test_resnet.r160_in1k", "torchvision:squeezenet1_1", "keras:MobileNet-0.25-128")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..., Path]) -> Path:
+    """A workspace with one finished search over three providers."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_patches(folder / "patches")
+    done = run(
+        "search", "--data", "patches", "--backbones", ",".join(MIXED), "--no-pretrained", "--offline",
+        "--trials", "8", "--preset", "fast", "--seed", "3", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def leaderboard(folder: Path, *study: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(run("leaderboard", *study, "--json", cwd=folder).stdout)
+    return rows
+
+
+def test_all_providers_stand_in_one_leaderboard(finished: Path) -> None:
+    rows = leaderboard(finished)
+    assert len(rows) == 8
+    assert {row["backbone"] for row in rows if row["purpose"] == "probe"} == set(MIXED)
+    assert all(row["state"] in ("complete", "pruned") for row in rows), [row["error"] for row in rows]
+    scores = [row["score"] for row in rows if row["state"] == "complete"]
+    assert scores == sorted(scores, reverse=True)
+    for row in rows:
+        assert {"backbone", "strategy", "head", "state", "score", "seconds", "params"} <= set(row)
+        assert row["params"]["optim.name"] in ("adamw", "adam", "sgd")
+
+
+def test_the_winner_is_tested_once_and_ships_as_a_bundle(finished: Path) -> None:
+    shown = json.loads(run("show", "--json", cwd=finished).stdout)
+    accuracy = shown["test"]["accuracy"]
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    assert shown["best"]["number"] == leaderboard(finished)[0]["number"]
+    assert shown["comparison"] is not None
+    bundle = tlauto.load(shown["model"])
+    photos = sorted((finished / "patches" / "red").iterdir())[:3]
+    assert [p.label for p in bundle.predict(photos)] == ["red"] * 3
+
+
+def test_evaluate_repeats_the_recorded_test_result(finished: Path) -> None:
+    shown = json.loads(run("show", "--json", cwd=finished).stdout)
+    out = run("evaluate", shown["model"], "--data", "patches", "--json", cwd=finished)
+    assert out.returncode == 0, out.stderr
+    measured = json.loads(out.stdout)["metrics"]["accuracy"]["value"]
+    assert measured == pytest.approx(shown["test"]["accuracy"]["value"])
+
+
+def test_the_same_command_again_has_nothing_left_to_do(finished: Path) -> None:
+    before = leaderboard(finished)
+    done = run(
+        "search", "--data", "patches", "--backbones", ",".join(MIXED), "--no-pretrained", "--offline",
+        "--trials", "8", "--preset", "fast", "--seed", "3", cwd=finished,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "with 8 trials done" in done.stderr
+    assert leaderboard(finished) == before
+
+
+def test_trials_are_reproducible_from_their_specification(finished: Path) -> None:
+    rows = leaderboard(finished)
+    tuned = next((row for row in rows if row["strategy"] != "feature_extraction"), rows[0])
+    for row in (rows[0], tuned):
+        out = run("rerun", "patches", str(row["number"]), "--json", cwd=finished)
+        assert out.returncode == 0, out.stderr
+        again = json.loads(out.stdout)
+        assert again["score"] == pytest.approx(again["recorded"], abs=1e-9)
+
+
+def test_every_trial_records_seed_versions_and_provenance(finished: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(finished / "tlauto-runs" / "tlauto.db") as database:
+        rows = database.execute("SELECT spec, result FROM tlauto_trials").fetchall()
+    database.close()
+    assert len(rows) == 8
+    for spec, result in rows:
+        assert json.loads(spec)["seed"] > 0
+        assert "torch" in json.loads(result)["versions"]
+        assert any(source.startswith("tlauto ") for source in json.loads(result)["provenance"].values())
+
+
+def test_a_changed_dataset_is_noticed_on_resume(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
+    make_patches(tmp_path / "patches")
+    args = ("search", "--data", "patches", *TINY, "--trials")
+    assert run(*args, "1", cwd=tmp_path).returncode == 0
+    next((tmp_path / "patches" / "red").iterdir()).unlink()
+    done = run(*args, "2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "changed since study 'patches' began" in done.stderr
+    assert run(*args, "2", "--new", cwd=tmp_path).returncode == 0
+
+
+def test_a_search_runs_in_this_process_for_a_debugger(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches")
+    done = run(
+        "search", "--data", "patches", *TINY, "--trials", "2", "--workers", "0", "--json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trials"] == 2
+    assert not (tmp_path / "tlauto-runs" / "patches" / "logs").exists()
+
+
+def test_the_python_interface_returns_what_the_command_line_shows(
+    tmp_path: Path, make_patches: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLAUTO_CACHE", str(tmp_path / "cache"))
+    found = tlauto.search(
+        make_patches(tmp_path / "patches"), trials=3, backbones=["timm:test_resnet.r160_in1k"],
+        params={"optim.name": "sgd"}, out=str(tmp_path / "runs"), pretrained=False, offline=True,
+    )  # fmt: skip
+    assert len(found.leaderboard()) == 3
+    assert {row.params["optim.name"] for row in found.leaderboard()} == {"sgd"}
+    assert found.best.score == max(row.score or 0 for row in found.leaderboard())
+    assert found.test is not None
+    with pytest.raises(TypeError, match="did you mean 'workers'"):
+        tlauto.search(tmp_path / "patches", worker=1)
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searching(tmp_path: Path, make_patches: Callable[..., Path]) -> Iterator[subprocess.Popen[str]]:
+    """A search in the middle of its trials."""
+    make_patches(tmp_path / "patches")
+    args = ("search", "--data", "patches", *TINY, "--trials", "12")
+    with subprocess.Popen(
+        command(*args), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"'{text}' never came; it said:\n{''.join(lines)}")
+
+
+def gone(pids: list[int], *, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+linux_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /proc to find the workers"
+)
+
+
+@linux_only
+def test_killed_worker_fails_only_its_trial(searching: subprocess.Popen[str], tmp_path: Path) -> None:
+    wait_for(searching, "best ")
+    (worker,) = children(searching.pid)
+    os.kill(worker, signal.SIGKILL)
+    searching.communicate(timeout=300)
+    assert searching.returncode == 0
+    rows = leaderboard(tmp_path)
+    failed = [row for row in rows if row["state"] == "failed"]
+    assert len(rows) == 12
+    assert len(failed) <= 1  # none if it was writing the bundle of the best trial
+    assert all("signal 9" in row["error"] for row in failed)
+
+
+@linux_only
+def test_killed_coordinator_loses_no_trial_and_leaves_no_worker(
+    searching: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    wait_for(searching, "best ")
+    workers = children(searching.pid)
+    assert workers
+    searching.kill()
+    searching.wait()
+    assert gone(workers, within_s=10)
+    before = {r["number"]: r["score"] for r in leaderboard(tmp_path) if r["state"] == "complete"}
+    assert before
+    done = run("search", "--data", "patches", *TINY, "--trials", "12", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {row["number"]: row for row in leaderboard(tmp_path)}
+    assert all(rows[number]["score"] == score for number, score in before.items())
+    cut_off = [r for r in rows.values() if (r["error"] or "").startswith("interrupted")]
+    assert len(rows) - len(cut_off) == 12
+
+
+@linux_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_keeps_everything_and_leaves_the_best_model(
+    searching: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    wait_for(searching, "    1  ")
+    workers = children(searching.pid)
+    started = time.monotonic()
+    searching.send_signal(number)
+    searching.communicate(timeout=60)
+    assert time.monotonic() - started < 30  # seconds when idle; the bound only catches a hang
+    assert searching.returncode == 130
+    assert gone(workers, within_s=5)
+    shown = json.loads(run("show", "--json", cwd=tmp_path).stdout)
+    assert shown["best"] is not None
+    assert shown["test"] is None
+    photo = next((tmp_path / "patches" / "red").iterdir())
+    assert run("predict", shown["model"], str(photo), cwd=tmp_path).returncode == 0
+
+
+def test_a_time_limit_is_a_total(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
+    make_patches(tmp_path / "patches")
+    args = ("search", "--data", "patches", *TINY, "--time", "8s")
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    count = len(leaderboard(tmp_path))
+    assert count >= 1
+    assert run(*args, cwd=tmp_path).returncode == 0
+    assert len(leaderboard(tmp_path)) == count
