@@ -70,9 +70,9 @@ class TimmProvider:
 
     def weights_status(self, id: str, weights: WeightsOptions) -> WeightsStatus:
         """Looks at `--weights`, the folder, the caches of the hub and of torch; never downloads."""
+        name = _checked_name(id, weights)
         if not weights.pretrained:
             return files.random_status()
-        name = _checked_name(id, weights)
         place = _locate(name, weights)
         if place is not None:
             return WeightsStatus("at_hand", f"{place.origin}: {place.path}", str(place.path))

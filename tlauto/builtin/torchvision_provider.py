@@ -64,9 +64,9 @@ class TorchvisionProvider:
 
     def weights_status(self, id: str, weights: WeightsOptions) -> WeightsStatus:
         """Looks at `--weights`, the folder and torch.hub's cache; never downloads."""
+        name = _checked_name(id, weights)
         if not weights.pretrained:
             return files.random_status()
-        name = _checked_name(id, weights)
         path, origin = _locate(name, weights)
         if path is not None:
             return WeightsStatus("at_hand", f"{origin}: {path}", str(path))

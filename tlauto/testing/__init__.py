@@ -17,6 +17,7 @@ import pytest
 pytest.register_assert_rewrite(*(f"tlauto.testing.{name}" for name in ("heads", "providers", "strategies")))
 
 from tlauto.testing.heads import TaskHeadSuite  # noqa: E402
+from tlauto.testing.providers import BackboneProviderSuite  # noqa: E402
 from tlauto.testing.strategies import FreezeStrategySuite  # noqa: E402
 
-__all__ = ["FreezeStrategySuite", "TaskHeadSuite"]
+__all__ = ["BackboneProviderSuite", "FreezeStrategySuite", "TaskHeadSuite"]
