@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 
@@ -19,4 +21,4 @@ def command(folder: str, per_class: int, size: int) -> None:
     from tlauto.data.demo import write_digits
 
     count = write_digits(folder, per_class=per_class, size=size)
-    click.echo(f"{count} images of 10 classes in {folder}; next: tlauto search --data {folder}")
+    click.echo(f"{count} images of 10 classes in {folder}; next: tlauto search --data {shlex.quote(folder)}")

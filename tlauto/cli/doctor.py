@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ def _lines(path: str, report: DoctorReport, dataset: Dataset | None) -> Iterator
     if dataset:
         yield (
             "usable",
-            f"yes{', with warnings' if report.warnings else ''}; next: tlauto search --data {path}",
+            f"yes{', with warnings' if report.warnings else ''}; next: tlauto search --data {shlex.quote(path)}",
         )
 
 

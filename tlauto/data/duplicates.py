@@ -66,10 +66,12 @@ def near_pairs(looks: Sequence[str], *, turned: bool = False) -> list[tuple[int,
     Args:
         looks: `FileCheck.look` of each image.
     """
-    if len(looks) < 2:
+    if not looks:
         return []
     grey, tint = _unpack(looks)
     usable = grey.std(axis=(1, 2)) >= _LEAST_CONTRAST
+    if not usable.any():
+        return []
     pairs: set[tuple[int, int]] = set()
     for quarter_turns, mirrored in _turns() if turned else [(0, False)]:
         turned_grey, turned_tint = (_turn(a, quarter_turns, mirrored) for a in (grey, tint))

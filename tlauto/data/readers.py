@@ -279,8 +279,8 @@ def _class_records(
 def _nothing(found: _Found) -> str:
     if found.images:
         return (
-            f"'{found.root}' holds {counted(len(found.images), 'image')} but no class folders; put the images of each "
-            f"class into a folder of its own, or list path,label in a CSV file"
+            f"'{found.root}' holds {counted(len(found.images), 'image')} but no class folders; put the "
+            f"images of each class into a folder of its own, or list path,label in a CSV file"
         )
     kinds = Counter(Path(name).suffix.lower() or "no suffix" for name in found.strays).most_common(3)
     held = ", ".join(f"{count} {suffix}" for suffix, count in kinds)

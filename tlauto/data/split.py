@@ -90,12 +90,15 @@ def _require_variety(raw: RawDataset, records: Sequence[Record], classes: Sequen
     if len({record.label for record in records}) > 1:
         if raw.task == "regression" and len(records) < FEWEST_VALUES:
             raise DataError(
-                f"'{raw.root}' has {counted(len(records), 'usable image')}; regression needs at least {FEWEST_VALUES}"
+                f"'{raw.root}' has {counted(len(records), 'usable image')}; regression needs at least "
+                f"{FEWEST_VALUES}"
             )
         return
     if raw.task == "regression":
         raise DataError(f"all targets in '{raw.root}' are {records[0].label}; there is nothing to predict")
-    name = classes[0] if classes else "no label"
+    if raw.task == "multilabel":
+        raise DataError(f"all images in '{raw.root}' have the same labels; there is nothing to tell apart")
+    name = classes[0]
     below = {PurePosixPath(record.path).parts[1:2] for record in records if record.path.count("/") > 1}
     if raw.kind == "folder" and len(below) > 1:
         advice = f"if its subfolders are the classes, pass '{raw.root}/{name}'"
@@ -107,9 +110,9 @@ def _require_variety(raw: RawDataset, records: Sequence[Record], classes: Sequen
 def _require_no_leaks(report: DoctorReport, records: Sequence[Record]) -> None:
     if report.leaks:
         raise DataError(
-            f"{counted(len(report.leaks), 'group')} of identical images in more than one split of '{report.root}', "
-            f"e.g. {' = '.join(report.leaks[0][:3])}; remove the copies, or accept them with --allow-leaks "
-            f"('tlauto doctor --json' lists them all)"
+            f"{counted(len(report.leaks), 'group')} of identical images in more than one split of "
+            f"'{report.root}', e.g. {' = '.join(report.leaks[0][:3])}; remove the copies, or accept them "
+            f"with --allow-leaks ('tlauto doctor --json' lists them all)"
         )
     first: dict[str, Record] = {}
     for record in records:
