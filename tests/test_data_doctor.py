@@ -60,16 +60,18 @@ def test_unusable_files_are_left_out_by_name_count_and_reason(tmp_path: Path) ->
     (root / "a/text.JPG").write_text("this is a text file\n")
     half = (root / "b/0.png").read_bytes()
     (root / "b/half.png").write_bytes(half[: len(half) // 2])
-    (root / "b/folder.png").symlink_to(root / "nowhere.png")
+    (root / "b/link.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "b/pipe.png")
     report = examined(root)
     assert dict(report.unreadable) == {
         "a/empty.jpg": "empty file (0 bytes)",
         "a/text.JPG": "text, not an image",
-        "b/folder.png": "cannot be opened: No such file or directory",
         "b/half.png": "truncated",
+        "b/link.png": "cannot be opened: No such file or directory",
+        "b/pipe.png": "not a regular file",
     }
     assert report.images == 24
-    assert report.warnings[0] == "4 unreadable files left out, e.g. a/empty.jpg: empty file (0 bytes)"
+    assert report.warnings[0] == "5 unreadable files left out, e.g. a/empty.jpg: empty file (0 bytes)"
     assert report.class_counts == {"a": 12, "b": 12}
 
 

@@ -122,10 +122,8 @@ def _lines(path: str, report: DoctorReport, dataset: Dataset | None) -> Iterator
     if len(report.unreadable) > _LISTED:
         yield "", f"and {len(report.unreadable) - _LISTED} more ('tlauto doctor --json' lists them all)"
     if dataset:
-        yield (
-            "usable",
-            f"yes{', with warnings' if report.warnings else ''}; next: tlauto search --data {shlex.quote(path)}",
-        )
+        healthy = "yes, with warnings" if report.warnings else "yes"
+        yield "usable", f"{healthy}; next: tlauto search --data {shlex.quote(path)}"
 
 
 def _splits(dataset: Dataset | None) -> str:

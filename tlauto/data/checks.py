@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -56,9 +57,12 @@ class FileCheck:
 def check_file(file: Path) -> FileCheck:
     """Decode one file fully; a file that cannot be used has its `problem` set."""
     try:
-        data = file.read_bytes()
+        # Reading a pipe would wait for ever.
+        data = file.read_bytes() if stat.S_ISREG(file.stat().st_mode) else None
     except OSError as error:
         return FileCheck(problem=f"cannot be opened: {error.strerror}")
+    if data is None:
+        return FileCheck(problem="not a regular file")
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         decoded = decode(data)
