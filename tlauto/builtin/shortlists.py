@@ -12,6 +12,9 @@ Facts, so that a search space can be built without importing the libraries:
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+
 from tlauto.contracts import BackboneInfo
 
 # (name, input size, parameters in millions, GMACs, top-1, cost, licence)
@@ -70,3 +73,19 @@ TORCHVISION = tuple(
     for name, weights, size, params, gmacs, top1, cost in _TORCHVISION
 )  # fmt: skip
 """torchvision's; an id without weights' name means the library's default weights, which these are."""
+
+
+def with_architecture(info: BackboneInfo, shortlist: Iterable[BackboneInfo]) -> BackboneInfo:
+    """`info` with the size and cost of the shortlisted backbone of its architecture, where it has none.
+
+    What depends on the weights, accuracy and licence above all, is not taken over; what depends on
+    the input size, only when that is the same.
+    """
+    arch = info.name.partition(".")[0]
+    for known in shortlist:
+        if known.name.partition(".")[0] == arch:
+            changes: dict[str, float | None] = {"params_m": info.params_m or known.params_m}
+            if known.input_size == info.input_size:
+                changes |= {"gmacs": info.gmacs or known.gmacs, "cost": info.cost or known.cost}
+            return dataclasses.replace(info, **changes)  # type: ignore[arg-type]
+    return info

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tlauto.builtin import hub
 from tlauto.builtin import weights as files
-from tlauto.builtin.shortlists import TIMM
+from tlauto.builtin.shortlists import TIMM, with_architecture
 from tlauto.contracts import (
     Backbone,
     BackboneInfo,
@@ -176,14 +177,20 @@ def _folder_names(weights: WeightsOptions) -> dict[str, Path]:
 
     found = files.folder_files(weights.folder, "timm")
     names = {stem: path for stem, path in found.items() if timm.is_model(stem.partition(".")[0])}
-    strangers = found.keys() - names.keys()
-    if strangers:
-        # The library's own file names: mobilenetv2_100_ra-b33bc2c4.pth is mobilenetv2_100.ra_in1k.
-        for name in timm.list_pretrained():
-            stem = PurePosixPath(_config(name).url or "").stem
-            if stem in strangers:
-                names.setdefault(name, found[stem])
+    if found.keys() - names.keys():
+        published = _published_files()
+        for stem in found.keys() & published.keys():
+            names.setdefault(published[stem], found[stem])
     return names
+
+
+@functools.cache
+def _published_files() -> dict[str, str]:
+    """The library's own file names: `mobilenetv2_100_ra-b33bc2c4` is `mobilenetv2_100.ra_in1k`."""
+    import timm
+
+    stems = ((PurePosixPath(_config(name).url or "").stem, name) for name in timm.list_pretrained())
+    return {stem: name for stem, name in stems if stem}
 
 
 def _chosen_names(weights: WeightsOptions) -> Iterable[str]:
@@ -209,6 +216,7 @@ def _info(name: str, path: Path | None) -> BackboneInfo:
         # Whose weights a file holds is not known; only a sidecar can say.
         tag = name.partition(".")[2] or "local file"
         made = BackboneInfo(f"timm:{name}", input_size=cfg.input_size[1], pretraining=tag)
+    made = with_architecture(made, TIMM)
     if path is None:
         return made
     side = files.read_sidecar(path)

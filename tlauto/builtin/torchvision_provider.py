@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tlauto.builtin import hub
 from tlauto.builtin import weights as files
-from tlauto.builtin.shortlists import TORCHVISION
+from tlauto.builtin.shortlists import TORCHVISION, with_architecture
 from tlauto.contracts import (
     Backbone,
     BackboneInfo,
@@ -159,14 +160,17 @@ def _folder_names(weights: WeightsOptions) -> dict[str, Path]:
     found = files.folder_files(weights.folder, "torchvision")
     known = set(_architectures())
     names = {stem: path for stem, path in found.items() if _arch(stem) in known}
-    if found.keys() - names.keys():
-        # The library's own file names: mobilenet_v2-b0353104.pth is mobilenet_v2.IMAGENET1K_V1.
-        for arch in known:
-            for entry in _entries(arch):
-                stem = PurePosixPath(entry.url).stem
-                if stem in found:
-                    names.setdefault(f"{arch}.{entry.name}", found[stem])
+    published = _published_files()
+    for stem in found.keys() & published.keys():
+        names.setdefault(published[stem], found[stem])
     return names
+
+
+@functools.cache
+def _published_files() -> dict[str, str]:
+    """The library's own file names: `mobilenet_v2-b0353104` is `mobilenet_v2.IMAGENET1K_V1`."""
+    entries = ((arch, entry) for arch in _architectures() for entry in _entries(arch))
+    return {PurePosixPath(entry.url).stem: f"{arch}.{entry.name}" for arch, entry in entries}
 
 
 def _info(name: str, path: Path | None) -> BackboneInfo:
@@ -189,6 +193,7 @@ def _info(name: str, path: Path | None) -> BackboneInfo:
             licence="CC-BY-NC-4.0" if "SWAG" in entry.name else "BSD-3-Clause",
             accuracy=round(accuracy / 100, 4) if accuracy == accuracy else None,
         )
+    made = with_architecture(made, TORCHVISION)
     if path is None:
         return made
     side = files.read_sidecar(path)

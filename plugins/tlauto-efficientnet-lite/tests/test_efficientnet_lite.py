@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import timm
 import timm.data
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_sample_image
 from tlauto_efficientnet_lite import RESIZE, SHORTLIST, EfficientNetLiteProvider
 
 from tlauto import WeightsOptions
@@ -17,8 +15,8 @@ from tlauto.plugins import load_plugins
 from tlauto.testing import BackboneProviderSuite
 
 PROVIDER = EfficientNetLiteProvider()
-# ImageNet's numbers of what scikit-learn's two photographs show.
-EXPECTED = {"china.jpg": {"palace": 698, "stupa": 832, "monastery": 663}, "flower.jpg": {"daisy": 985}}
+# ImageNet's numbers of what scikit-learn's photograph of a Chinese palace may show.
+CHINA = {"palace": 698, "stupa": 832, "monastery": 663}
 
 
 class TestLite0(BackboneProviderSuite):
@@ -48,7 +46,7 @@ def test_facts_and_preprocessing_are_those_of_timms_network(info) -> None:
 
 
 @pytest.mark.parametrize("info", SHORTLIST, ids=lambda info: info.name)
-def test_with_the_classifier_of_the_same_file_it_recognises_real_photos(info) -> None:
+def test_with_the_classifier_of_the_same_file_it_recognises_a_real_photo(info) -> None:
     options = WeightsOptions(offline=True)
     backbone = PROVIDER.load(info.id, options)
     backbone.set_training(False)
@@ -57,10 +55,7 @@ def test_with_the_classifier_of_the_same_file_it_recognises_real_photos(info) ->
     transform = timm.data.create_transform(
         **timm.data.resolve_model_data_config(timm.create_model(f"tf_efficientnet_{info.name}"))
     )
-    photos = load_sample_images()
-    for name, array in zip(photos.filenames, photos.images, strict=True):
-        image = transform(Image.fromarray(array))[None]
-        with torch.no_grad():
-            logits = backbone.pooled(image) @ tensors["_fc.weight"].T + tensors["_fc.bias"]
-        best = set(logits[0].topk(3).indices.tolist())
-        assert best & set(EXPECTED[Path(name).name].values()), f"{name}: {best}"
+    image = transform(Image.fromarray(load_sample_image("china.jpg")))[None]
+    with torch.no_grad():
+        logits = backbone.pooled(image) @ tensors["_fc.weight"].T + tensors["_fc.bias"]
+    assert int(logits.argmax()) in CHINA.values()
