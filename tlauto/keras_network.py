@@ -39,7 +39,7 @@ TORCH_NAMES = {
 }
 
 # These refuse channels_first; the others give equal outputs in it (2e-5) in half the time.
-CHANNELS_LAST_ONLY = ("DenseNet", "ConvNeXt")
+CHANNELS_LAST_ONLY = ("DenseNet", "ConvNeXt", "NASNet")
 
 
 def import_keras() -> Any:
@@ -63,10 +63,10 @@ def import_keras() -> Any:
 def is_resizable(application: Application) -> bool:
     """Whether the network takes images of other sizes than its own.
 
-    EfficientNet B1 to B7 pad by the size of each map, and otherwise when Keras does not know the
-    size, so their exact networks have a fixed one.
+    EfficientNet B1 to B7 and NASNet pad by the size of each map, and otherwise when Keras does not
+    know the size, so their exact networks have a fixed one.
     """
-    return not application.function.startswith("EfficientNetB") or application.size % 32 == 0
+    return not application.function.startswith(("EfficientNetB", "NASNet")) or application.size % 32 == 0
 
 
 def build_model(application: Application, *, include_top: bool = False, weights: str | None = None) -> Any:
@@ -134,6 +134,7 @@ class KerasNetwork(nn.Module):
         for layer in layers:
             layer.register_forward_pre_hook(_obey(shells[id(layer)]), with_kwargs=True)
         self.register_load_state_dict_post_hook(_finalize_loaded)  # type: ignore[no-untyped-call]
+        self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pooled features (N, D)."""
@@ -153,6 +154,10 @@ class KerasNetwork(nn.Module):
             tuple(f"{stage}.{name}" for name, _ in module.named_parameters())
             for stage, module in self.named_children()
         )
+
+    def extra_repr(self) -> str:
+        """The application's name: networks of equal tensors may differ in it."""
+        return self._application.name
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         _, body, _ = self._keras

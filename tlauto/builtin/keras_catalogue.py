@@ -84,7 +84,7 @@ _NORMALISATION: dict[Mode, tuple[_Triple, _Triple]] = {
     "inside": ((0.0, 0.0, 0.0), _BYTE),
 }
 
-REFUSED = ("NASNetLarge", "NASNetMobile")
+REFUSED = ("NASNetMobile",)
 """Applications that Keras itself refuses to build on its PyTorch backend."""
 
 DEFAULT = "MobileNetV2"
@@ -102,6 +102,9 @@ def _all() -> Iterator[Application]:
         yield Application(
             name, name, size, mode, (tf_kernels[0].format(stem), tf_kernels[1].format(stem)), licence
         )
+    yield Application(
+        "NASNetLarge", "NASNetLarge", 331, "tf", ("nasnet_large_no_top.h5", "nasnet_large.h5"), "Apache-2.0"
+    )
     for name, size in _EFFICIENTNETS.items():
         stem = name.lower() if "V2" not in name else f"efficientnetv2-{name[14:].lower()}"
         yield Application(name, name, size, "inside", (f"{stem}_notop.h5", f"{stem}.h5"), "Apache-2.0")
@@ -199,6 +202,7 @@ FACTS: dict[str, tuple[float, float, float]] = {
     "DenseNet121": (6.95, 2.83, 0.750), "DenseNet169": (12.5, 3.36, 0.762),
     "DenseNet201": (18.1, 4.29, 0.773), "InceptionV3": (21.8, 5.71, 0.779),
     "InceptionResNetV2": (54.3, 13.2, 0.803), "Xception": (20.8, 8.36, 0.790),
+    "NASNetLarge": (84.7, 23.8, 0.825),
     "EfficientNetB0": (4.01, 0.385, 0.771), "EfficientNetB1": (6.51, 0.685, 0.791),
     "EfficientNetB2": (7.7, 0.992, 0.801), "EfficientNetB3": (10.7, 1.83, 0.816),
     "EfficientNetB4": (17.5, 4.39, 0.829), "EfficientNetB5": (28.3, 10.3, 0.836),

@@ -7,9 +7,12 @@ with or without classifier) or ours (`MobileNetV2.h5`, `MobileNetV2.weights.h5`)
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,17 +102,24 @@ def _try_load(model: Any, path: Path) -> str | None:
         raise WeightsError(
             f"the weights file '{path}' cannot be read: Keras reads .h5, .weights.h5 and .keras"
         )
+    # Keras only warns of layers that a file lacks, and leaves them as they were: mark them.
+    for variable in model.weights:
+        if "float" in variable.dtype:
+            variable.assign(variable * math.nan)
     try:
-        model.load_weights(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model.load_weights(str(path))
     except ValueError as error:
         return " ".join(str(error).split())[:200]
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(
             f"the weights file '{path}' cannot be read: it is damaged or no HDF5 file ({reason}); "
             f"delete it and fetch it again"
         ) from None
-    return None
+    lacking = [variable.path for variable in model.weights if variable.value.isnan().any()]
+    return f"it lacks '{lacking[0]}' ({len(lacking)} in all)" if lacking else None
 
 
 def _load_without_classifier(model: Any, application: Application, path: Path) -> bool:
