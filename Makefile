@@ -45,7 +45,7 @@ test: lint
 # A study that exists goes on: the second 'make demo' only shows what the first one found. '--split test' of
 # data without a test part measures on the images that the model was not fitted on.
 demo: setup
-	test -d $(DEMO_DATA) || $(BIN)/tlauto demo-data $(DEMO_DATA)
+	test -d $(DEMO_DATA) || $(BIN)/tlauto demo-data $(DEMO_DATA) --per-class 40
 	$(BIN)/tlauto search --data $(DEMO_DATA) --out $(DEMO_OUT) --study demo --backbones 'efficientnet-lite:*' \
 		--offline --preset fast --trials 12 --time 5m --seed 0
 	$(BIN)/tlauto evaluate $(DEMO_OUT)/demo/model --data $(DEMO_DATA) --split test

@@ -156,7 +156,7 @@ def test_a_bundle_keeps_what_is_needed_to_trust_it(saved: Path) -> None:
     assert data["metrics"]["accuracy"] == {"value": 0.9, "low": 0.8, "high": 0.95}
     assert data["metrics"]["roc_auc"] == {"value": None}
     assert data["input"]["size"] == 160
-    assert data["dataset"] == {"fingerprint": "f" * 64, "images": {"test": 1, "train": 4, "val": 1},
+    assert data["dataset"] == {"fingerprint": "f" * 64, "images": {"train": 4, "val": 1, "test": 1},
                                "fit_on": ["train"]}  # fmt: skip
     assert data["provenance"]["backbone"] == "tlauto 0.1.0"
     loaded = load_bundle(saved)
@@ -177,6 +177,7 @@ def test_the_model_card_says_what_how_good_from_what_and_whose(tmp_path: Path, f
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     expected = [
         "Its 3 classes: ant, bee",
+        "pip install tlauto\n",
         "tlauto predict model photo.jpg",
         "| accuracy | 0.9000 | 0.8000 to 0.9500 |",
         "| ROC-AUC | undefined |",
@@ -187,6 +188,14 @@ def test_the_model_card_says_what_how_good_from_what_and_whose(tmp_path: Path, f
         "No pretrained weights were used",
     ]
     assert [text for text in expected if text not in card] == []
+
+
+def test_a_bundle_is_as_readable_as_other_files(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    assert saved.stat().st_mode == (tmp_path / "folder").stat().st_mode
+    modes = {file.stat().st_mode for file in saved.iterdir()}
+    assert modes == {(tmp_path / "file").stat().st_mode}
 
 
 def test_a_bundle_loads_where_the_trial_and_its_data_are_gone(bundle_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ bundle.predict(["photo.jpg"])[0].label
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,10 @@ def save_bundle(
             sha256=sha256(new / WEIGHTS_FILE),
             probe=_probe(classifier),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            versions=done.versions or loaded_libraries(),
+            versions={
+                "tlauto": importlib.metadata.version("tlauto"),
+                **(done.versions or loaded_libraries()),
+            },
             provenance=done.provenance,
             comparison=comparison,
         )

@@ -46,7 +46,10 @@ def _summary(manifest: Manifest) -> str:
 
 def _usage(manifest: Manifest, name: str) -> str:
     answer = "prediction.value" if manifest.task == "regression" else "prediction.labels"
+    packages = {source.partition(" ")[0]: None for source in ["tlauto", *manifest.provenance.values()]}
     lines = [
+        f"    pip install {' '.join(packages)}",
+        "",
         f"    tlauto predict {name} photo.jpg",
         f"    tlauto evaluate {name} --data FOLDER",
         "",

@@ -34,8 +34,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise ConfigError(f"cannot write a model bundle to {folder}: {error.strerror or error}") from None
     try:
         yield new
-        # mkdtemp makes it private; a bundle is as readable as any other result.
-        new.chmod(0o777 & ~_umask())
+        _make_readable(new)
         _swap(new, folder)
     except OSError as error:
         raise ConfigError(f"cannot write a model bundle to {folder}: {error.strerror or error}") from None
@@ -61,10 +60,13 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _umask() -> int:
+def _make_readable(folder: Path) -> None:
+    """Give folder and files the usual rights: mkdtemp and safetensors make theirs private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def own_file(folder: Path, name: str) -> Path:

@@ -39,8 +39,8 @@ class DatasetFacts:
     @classmethod
     def of(cls, dataset: Dataset, fit_on: tuple[str, ...]) -> DatasetFacts:
         """The facts of a dataset."""
-        splits = sorted({item.split for item in dataset.items})
-        return cls(dataset.fingerprint, {s: len(dataset.part(s)) for s in splits}, tuple(fit_on))
+        images = {split: len(dataset.part(split)) for split in ("train", "val", "test")}
+        return cls(dataset.fingerprint, {s: n for s, n in images.items() if n}, tuple(fit_on))
 
 
 @dataclass(frozen=True)
