@@ -266,6 +266,15 @@ def test_a_failed_save_keeps_the_older_bundle(bundle_folder: Path, files: list[P
     assert os.listdir(bundle_folder.parent) == ["model"]
 
 
+def test_what_a_killed_save_left_is_removed_by_the_next_one(bundle_folder: Path, files: list[Path]) -> None:
+    killed, running = (bundle_folder.parent / f".model-{name}.new" for name in ("killed", "running"))
+    for left in (killed, running):
+        left.mkdir()
+    os.utime(killed, (0, 0))
+    write_bundle(bundle_folder, files)
+    assert sorted(os.listdir(bundle_folder.parent)) == [".model-running.new", "model"]
+
+
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, files: list[Path]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write a model bundle to"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from tlauto.errors import ConfigError, DataError
 from tlauto.results.manifest import MANIFEST_FILE
 
 BLOCK = 1 << 20
+LEFTOVER_S = 3600.0
+"""Age from which a half-written folder belongs to a process that was killed."""
 
 
 @contextlib.contextmanager
@@ -28,6 +32,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise ConfigError(f"{folder} is not a model bundle and is left alone; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         # Beside the target: a rename is atomic only within one file system.
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".new", dir=folder.parent))
     except OSError as error:
@@ -44,6 +49,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 def _may_replace(folder: Path) -> bool:
     return folder.is_dir() and ((folder / MANIFEST_FILE).is_file() or not any(folder.iterdir()))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left beside `folder`."""
+    for suffix in (".new", ".old"):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}-*{suffix}"):
+            if time.time() - left.stat().st_mtime > LEFTOVER_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _swap(new: Path, folder: Path) -> None:
