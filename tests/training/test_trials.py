@@ -75,11 +75,12 @@ def test_the_same_trial_gives_the_same_result_twice(strategy: str, spec: TrialSp
 
 
 def test_another_seed_gives_another_head_on_the_same_features(spec: TrialSpec, run: Run) -> None:
+    spec = replace(spec, head="mlp", params={"head.mlp.hidden": 32})
     run(spec)
     first = state_of(spec)
     run(replace(spec, seed=1))
     second = state_of(spec)
-    assert not torch.equal(first["head.1.weight"], second["head.1.weight"])
+    assert not torch.equal(first["head.0.weight"], second["head.0.weight"])
     assert torch.equal(first["norm.mean"], second["norm.mean"])
     assert len(list(Path(spec.cache, "features").glob("*.npy"))) == 2, "one file a part, used by both seeds"
 

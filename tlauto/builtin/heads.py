@@ -28,10 +28,17 @@ class Linear:
         return "pooled"
 
     def build(self, shape: FeatureShape, num_outputs: int, params: Mapping[str, Scalar]) -> nn.Module:
-        """(N, D) → dropout → (N, num_outputs)."""
+        """(N, D) → dropout → (N, num_outputs); starts at zero.
+
+        With more features than images, what a random start puts where no image looks is never
+        unlearned: R² of 0.44 instead of 0.61 on 326 photos and 1,280 features.
+        """
         from torch import nn
 
-        return nn.Sequential(nn.Dropout(number(params["dropout"])), nn.Linear(shape.pooled, num_outputs))
+        linear = nn.Linear(shape.pooled, num_outputs)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return nn.Sequential(nn.Dropout(number(params["dropout"])), linear)
 
 
 class Mlp:
