@@ -1,4 +1,4 @@
-"""Slots: what trials run on, found without importing torch."""
+"""This machine: slots that trials run on, found without importing torch, and the cache folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tlauto.errors import ConfigError
 
@@ -54,6 +55,13 @@ def make_slots(devices: str = "auto", workers: int | None = None) -> tuple[Slot,
     gpus = wanted if not workers else wanted[:workers]
     threads = max(1, available_cores() // len(gpus))
     return tuple(_gpu_slot(name, threads) for name in gpus)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for checks, pixels and features; `TLAUTO_CACHE` overrides it."""
+    given = os.environ.get("TLAUTO_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "tlauto"
 
 
 def available_cores() -> int:

@@ -17,8 +17,8 @@ from tlauto.builtin.tasks import task as find_task
 from tlauto.candidates import find_candidates
 from tlauto.config import IDENTITY, SearchConfig, differences
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
-from tlauto.data import Dataset, load_dataset
-from tlauto.devices import Slot, make_slots
+from tlauto.data import Dataset, load_dataset, memory_file
+from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError
 from tlauto.events import DataRead, Emit, Planned, Working
 from tlauto.plugins import Registry, registry
@@ -66,7 +66,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         stored = store.search(name)
         if stored:
             _check_fits(name, config, SearchConfig.from_json(stored["config"]))
-        dataset, report = _read_data(config, store, name if stored else None, out, emit)
+        dataset, report = _read_data(config, store, name if stored else None, emit)
         metric, why = _metric(config, dataset)
         heads = _heads_for(dataset.task, heads, config)
         pool = _make_pool(config, slots, out / name)
@@ -91,13 +91,6 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     session = Session(config, name, store, study, dataset, infos, plan, pool)
     _announce(session, why, emit)
     return session
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for pixels and features; `TLAUTO_CACHE` overrides it."""
-    given = os.environ.get("TLAUTO_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "tlauto"
 
 
 # --- names and plugins ------------------------------------------------------------------------------
@@ -133,7 +126,11 @@ def _space(
     config: SearchConfig, strategies: Sequence[FreezeStrategy], heads: Sequence[TaskHead],
     infos: Mapping[str, BackboneInfo], task: str,
 ) -> SearchSpace:  # fmt: skip
-    return SearchSpace(tuple(infos), tuple(strategies), tuple(heads), find_task(task).space, config.params)
+    """The space with the user's fixed values, and the preset's where they apply."""
+    parts = tuple(infos), tuple(strategies), tuple(heads), find_task(task).space
+    known = SearchSpace(*parts, fixed={}).names
+    preset = {name: value for name, value in config.recipe.fixed.items() if name in known}
+    return SearchSpace(*parts, fixed={**preset, **config.params})
 
 
 def _metric(config: SearchConfig, dataset: Dataset) -> tuple[str, str]:
@@ -190,15 +187,13 @@ def _check_fits(name: str, config: SearchConfig, old: SearchConfig) -> None:
         )
 
 
-def _read_data(
-    config: SearchConfig, store: Store, stored: str | None, out: Path, emit: Emit
-) -> tuple[Dataset, str]:
+def _read_data(config: SearchConfig, store: Store, stored: str | None, emit: Emit) -> tuple[Dataset, str]:
     """The dataset and the doctor's report as JSON; on resume, the recorded split."""
     emit(Working("reading and checking the images"))
     dataset, report = load_dataset(
         config.data, task=config.task, seed=config.seed, allow_leaks=config.allow_leaks,
         label_column=config.label_column, path_column=config.path_column,
-        group_column=config.group_column, memory=out / "images.jsonl",
+        group_column=config.group_column, memory=memory_file(config.data),
     )  # fmt: skip
     if stored:
         row = store.dataset(stored)
@@ -206,9 +201,7 @@ def _read_data(
             raise DataError(_what_changed(stored, config.data, Dataset.from_json(row["content"]), dataset))
         dataset = dataclasses.replace(Dataset.from_json(row["content"]), root=dataset.root)
     counts = {part: len(dataset.part(part)) for part in ("train", "val", "test")}
-    emit(
-        DataRead(dataset.task, len(dataset.classes), counts, len(report.unreadable), report.warnings)
-    )
+    emit(DataRead(dataset.task, len(dataset.classes), counts, len(report.unreadable), report.warnings))
     return dataset, json.dumps(report.to_json())
 
 
@@ -259,7 +252,7 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
     study = Study(store.url, name, seed=config.seed, create=True)
     if not study.trials():
         for params, purpose in plan.first_points(config.max_trials):
-            study.enqueue(_without_fixed(params, config), purpose=purpose)
+            study.enqueue(_without_fixed(params, plan.space), purpose=purpose)
     rows = store.trials(name)
     for number in study.requeue_interrupted():
         if number in rows:
@@ -273,9 +266,9 @@ def _write_dataset(plan: Plan, dataset: Dataset) -> None:
     Path(plan.dataset_file).write_text(dataset.to_json(), encoding="utf-8")
 
 
-def _without_fixed(params: Mapping[str, Any], config: SearchConfig) -> dict[str, Any]:
+def _without_fixed(params: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
     """Fixed values are not in the study's space, and Optuna would warn about them."""
-    return {name: value for name, value in params.items() if name not in config.params}
+    return {name: value for name, value in params.items() if name not in space.fixed}
 
 
 def _announce(session: Session, why: str, emit: Emit) -> None:

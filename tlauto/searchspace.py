@@ -41,6 +41,11 @@ class SearchSpace:
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Every parameter that some point has, besides backbone, strategy and head."""
+        return frozenset(name for name, _ in self._every())
+
     def walk(self, pick: Pick) -> dict[str, Scalar]:
         """One point: `pick(name, parameter)` is asked for each name that applies, in order."""
         values: dict[str, Scalar] = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlauto.data.images import decode
+from tlauto.devices import available_cores, cache_folder
 from tlauto.errors import DataError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def check_files(
         index: known[stamp] for index, stamp in enumerate(stamps) if stamp in known
     }
     missing = [index for index in range(len(files)) if index not in results]
-    pool = ThreadPoolExecutor(workers or _usable_cores())
+    pool = ThreadPoolExecutor(workers or min(16, available_cores()))
     try:
         # Pillow warns of odd metadata and of very large images; both are decoded all the same.
         with warnings.catch_warnings():
@@ -127,15 +128,8 @@ def brightest(look: str) -> int:
 
 def memory_file(root: str | Path) -> Path:
     """Where the checks of a dataset are remembered, in the user's cache folder (or `TLAUTO_CACHE`)."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    base = os.environ.get("TLAUTO_CACHE") or os.path.join(home, "tlauto")
     name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
-    return Path(base, "checks", f"{name}.jsonl")
-
-
-def _usable_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(16, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return cache_folder() / "checks" / f"{name}.jsonl"
 
 
 def _look(image: Image) -> str:
