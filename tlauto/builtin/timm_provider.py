@@ -11,7 +11,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -97,7 +97,7 @@ class TimmProvider:
         model = _build(id, recipe, place.path if place else None)
         if hasattr(model, "reset_classifier"):  # the language models' vision encoders have none to remove
             model.reset_classifier(0)
-        input = _image_input(model, recipe)
+        input = image_input(recipe.timm_name, recipe.data)
         return TorchBackbone(model, input, _stages(model, input.size), pooled=_pooled, unpooled=_feature_map)
 
     def _place(self, id: str, name: str, weights: WeightsOptions) -> _Place | None:
@@ -320,25 +320,33 @@ def _class_counts(recipe: _Recipe, shapes: dict[str, tuple[int, ...]]) -> list[i
 # --- the backbone -----------------------------------------------------------------------------------
 
 
-def _image_input(model: nn.Module, recipe: _Recipe) -> ImageInput:
-    """timm's own evaluation preprocessing (`resolve_model_data_config`, `transforms_imagenet_eval`)."""
+def image_input(name: str, changes: Mapping[str, Any] | None = None) -> ImageInput:
+    """timm's own evaluation preprocessing of a name (`resolve_data_config`, `transforms_imagenet_eval`).
+
+    Args:
+        changes: entries of timm's data config that differ, such as a sidecar's `mean`.
+
+    Raises: ConfigError for an interpolation or crop mode that `ImageInput` cannot say.
+    """
     import timm.data
 
-    cfg = {**timm.data.resolve_model_data_config(model), **recipe.data}
+    known = _config(name)
+    cfg = {**timm.data.resolve_data_config(pretrained_cfg=known.to_dict()), **(changes or {})}
     size = cfg["input_size"][1]
-    fits = {"center": "crop", "squash": "squash", "border": "border"}
-    if cfg["interpolation"] not in INTERPOLATIONS:
+    fit = {"center": "crop", "squash": "squash", "border": "border"}.get(cfg["crop_mode"])
+    if fit is None or cfg["interpolation"] not in INTERPOLATIONS:
         raise ConfigError(
-            f"the interpolation '{cfg['interpolation']}' of {recipe.timm_name} is not supported"
+            f"timm:{name} wants images with crop '{cfg['crop_mode']}' and interpolation "
+            f"'{cfg['interpolation']}', which are not supported; choose another backbone"
         )
     return ImageInput(
         size=size,
         resize=math.floor(size / cfg["crop_pct"]),
-        fit=cast(Any, fits[cfg["crop_mode"]]),
+        fit=cast(Any, fit),
         interpolation=cfg["interpolation"],
         mean=cfg["mean"],
         std=cfg["std"],
-        resizable=not _config(recipe.timm_name).fixed_input_size,
+        resizable=not known.fixed_input_size,
     )
 
 
