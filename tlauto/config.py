@@ -25,7 +25,7 @@ class Preset:
 
     Attributes:
         trials: total trials when neither `--trials` nor `--time` is given.
-        candidates: most backbones that are screened.
+        candidates: most backbones that are screened, besides those whose weights the user gave.
         finetune_epochs: most epochs of a trial that trains the backbone.
         cpu_epoch_images: images of such an epoch on CPU, so that pruning can act in minutes; None
             is the whole training part, as always on a GPU.
@@ -47,8 +47,8 @@ _MODEST: Mapping[str, Scalar] = {"head.mlp.input": "pooled"}
 
 PRESETS = {
     "fast": Preset(12, 4, 4, 256, ("feature_extraction", "partial"), _MODEST),
-    "balanced": Preset(30, 8, 8, 512, fixed=_MODEST),
-    "best": Preset(100, 12, 30, None),
+    "balanced": Preset(30, 10, 8, 512, fixed=_MODEST),
+    "best": Preset(100, 16, 30, None),
 }
 
 

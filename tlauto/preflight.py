@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable
 
-from tlauto.contracts import BackboneInfo, WeightsOptions, WeightsStatus
+from tlauto.contracts import BackboneInfo, WeightsOptions
 from tlauto.errors import TlautoError, UnknownNameError, WeightsError
 from tlauto.plugins import Registry
 from tlauto.pool.protocol import Candidate, Preflight, PreflightDone
@@ -62,23 +62,26 @@ def matching(pattern: str, registry: Registry, weights: WeightsOptions) -> Itera
 
 
 def _choose(job: Preflight, registry: Registry, note: Say) -> list[Candidate]:
-    """Up to `limit` working candidates: at hand first, then downloadable ones while that works."""
-    states: dict[str, list[tuple[BackboneInfo, WeightsStatus]]] = {}
-    for info in order(offered(registry, job.weights, note)):
-        status = registry.provider(info.provider).weights_status(info.id, job.weights)
-        states.setdefault(status.state, []).append((info, status))
+    """Up to `limit` working candidates: the user's own weights (all of them), then what is at hand,
+    then what can be downloaded, while that works.
+    """
+    infos = order(offered(registry, job.weights, note))
+    own = {info.id for info in local_backbones(infos, registry, job.weights)}
+    states = {i.id: registry.provider(i.provider).weights_status(i.id, job.weights).state for i in infos}
+    places = {"at_hand": 1, "downloadable": 2}
+    usable = [info for info in infos if states[info.id] in places]
+    usable.sort(key=lambda info: 0 if info.id in own else places[states[info.id]])
     chosen: list[Candidate] = []
     unreachable: set[str] = set()
-    at_hand, downloadable = states.get("at_hand", []), states.get("downloadable", [])
-    for info, status in [*at_hand, *downloadable]:
-        if len(chosen) >= job.limit or info.provider in unreachable:
+    for info in usable:
+        if (len(chosen) >= job.limit and info.id not in own) or info.provider in unreachable:
             continue
         candidate = _check(info, registry, job.weights)
         if not candidate.problem:
             chosen.append(candidate)
             continue
         note(f"{info.id} is left out: {candidate.problem}")
-        if status.state == "downloadable":
+        if states[info.id] == "downloadable":
             unreachable.add(info.provider)  # one failed download says enough about the network
     return chosen
 
