@@ -43,6 +43,14 @@ class Working:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """So many of the images are checked."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Said:
     """A sentence for the user that stays on screen."""
 

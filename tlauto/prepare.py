@@ -20,7 +20,7 @@ from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
 from tlauto.data import Dataset, load_dataset, memory_file
 from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError
-from tlauto.events import DataRead, Emit, Planned, Working
+from tlauto.events import Checked, DataRead, Emit, Planned, Working
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
 from tlauto.pool.inprocess import InProcessPool
@@ -194,6 +194,7 @@ def _read_data(config: SearchConfig, store: Store, stored: str | None, emit: Emi
         config.data, task=config.task, seed=config.seed, allow_leaks=config.allow_leaks,
         label_column=config.label_column, path_column=config.path_column,
         group_column=config.group_column, memory=memory_file(config.data),
+        progress=lambda done, total: emit(Checked(done, total)),
     )  # fmt: skip
     if stored:
         row = store.dataset(stored)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tlauto.events import (
+    Checked,
     DataRead,
     Emit,
     EpochEnded,
@@ -114,6 +115,8 @@ class Table(Lines):
         """Print what ended above the table and keep the rest in it."""
         super().__call__(event)
         match event:
+            case Checked(done=done, total=total):
+                self.text = f"…         checking the images: {done}/{total}"
             case Planned(slots=slots):
                 self.slots = dict.fromkeys(slots)
                 self.text = "starting the first trials"
