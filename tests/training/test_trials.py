@@ -19,7 +19,8 @@ from tlauto.data import Dataset
 from tlauto.errors import TrialError
 from tlauto.plugins import Registry
 from tlauto.space import Float
-from tlauto.training.model import restore
+from tlauto.training.frozen import Rows
+from tlauto.training.model import Standardise, restore
 from tlauto.training.predictor import Predictor
 
 FROZEN, TRAINED = "feature_extraction", ("partial", "full")
@@ -83,6 +84,19 @@ def test_another_seed_gives_another_head_on_the_same_features(spec: TrialSpec, r
     assert not torch.equal(first["head.0.weight"], second["head.0.weight"])
     assert torch.equal(first["norm.mean"], second["norm.mean"])
     assert len(list(Path(spec.cache, "features").glob("*.npy"))) == 2, "one file a part, used by both seeds"
+
+
+def test_large_features_are_scaled_by_the_batch_and_give_the_same_rows() -> None:
+    features, device = torch.randn(20, 6, 2, 2), torch.device("cpu")
+    norm = Standardise(6)
+    norm.measure(features)
+    whole, mapped = Rows(features, norm, device), Rows(features, norm, device, limit=0)
+    assert (whole.is_small, mapped.is_small) == (True, False)
+    rows = torch.tensor([3, 19, 3])
+    assert torch.equal(whole.take(rows), mapped.take(rows))
+    everything = mapped.take(torch.arange(20))
+    assert torch.allclose(everything.mean((0, 2, 3)), torch.zeros(6), atol=1e-6)
+    assert torch.allclose(everything.std((0, 2, 3), correction=0), torch.ones(6), atol=1e-5)
 
 
 # --- epochs, pruning, patience ----------------------------------------------------------------------

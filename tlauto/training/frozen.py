@@ -13,7 +13,7 @@ from tlauto.errors import Diverged
 from tlauto.training.batches import Stream, to_device
 from tlauto.training.checkpoint import start_from
 from tlauto.training.features import sample_indices
-from tlauto.training.model import Readout, build_readout
+from tlauto.training.model import Readout, Standardise, build_readout
 from tlauto.training.optim import head_groups, make_optimizer, set_rates
 from tlauto.training.trial import Best, Fitted, Trial
 
@@ -33,7 +33,8 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     valid = trial.source.features([spec.evaluate_on], readout.kind)
     _initialise(readout, trial, train)
     readout.to(trial.device)
-    best, train_loss = _epochs(readout, trial, _place(train, trial.device), _place(valid, trial.device))
+    rows = [Rows(features, readout.norm, trial.device) for features in (train, valid)]
+    best, train_loss = _epochs(readout, trial, *rows)
     winner, seconds = best.winner, time.perf_counter() - started
     on_epoch(EpochResult(spec.number, best.seen, winner.score, train_loss, winner.loss, seconds))
     trainable = sum(parameter.numel() for parameter in readout.head.parameters())
@@ -49,7 +50,33 @@ def _initialise(readout: Readout, trial: Trial, train: torch.Tensor) -> None:
         readout.norm.measure(train[sample_indices(len(train))])
 
 
-def _epochs(readout: Readout, trial: Trial, train: torch.Tensor, valid: torch.Tensor) -> tuple[Best, float]:
+class Rows:
+    """Scaled features by row.
+
+    Up to `limit` bytes are scaled and moved to the device once, as a whole; more stay mapped from
+    the cache.
+    """
+
+    def __init__(
+        self, features: torch.Tensor, norm: Standardise, device: torch.device, *, limit: int = ON_DEVICE
+    ) -> None:
+        self.device, self.norm = device, norm
+        self.is_small = features.element_size() * features.numel() <= limit
+        self.features = self.norm(features.to(self.device)) if self.is_small else features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """The scaled features (B, C) or (B, C, H, W) of these rows, on the device."""
+        taken = self.features.index_select(0, rows.to(self.features.device))
+        if self.is_small:
+            return taken
+        scaled: torch.Tensor = self.norm(to_device(taken, self.device))
+        return scaled
+
+
+def _epochs(readout: Readout, trial: Trial, train: Rows, valid: Rows) -> tuple[Best, float]:
     """Train epoch by epoch. Returns the best epoch and the last one's training loss."""
     spec, settings = trial.spec, trial.settings
     targets = torch.from_numpy(trial.train_targets).to(trial.device)
@@ -63,7 +90,7 @@ def _epochs(readout: Readout, trial: Trial, train: torch.Tensor, valid: torch.Te
         for step in range(steps):
             set_rates(optimizer, epoch * steps + step, spec.epochs * steps, settings.warmup)
             rows = torch.tensor(stream.take(batch))
-            logits = readout.read(_rows(train, rows, trial.device))  # (B, K)
+            logits = readout.answer(train.take(rows))  # (B, K)
             loss = trial.loss(logits, targets[rows.to(trial.device)])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
@@ -73,24 +100,14 @@ def _epochs(readout: Readout, trial: Trial, train: torch.Tensor, valid: torch.Te
         if not torch.isfinite(total):
             raise Diverged(f"the training loss became {train_loss} in epoch {epoch + 1}", epoch=epoch + 1)
         if trial.selects or epoch + 1 == spec.epochs:
-            best.add(epoch + 1, trial.evaluate(_logits(readout, valid, trial.device), epoch + 1), readout)
+            best.add(epoch + 1, trial.evaluate(_logits(readout, valid), epoch + 1), readout)
         if best.is_stale:
             break
     return best, train_loss
 
 
 @torch.inference_mode()
-def _logits(readout: Readout, features: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _logits(readout: Readout, rows: Rows) -> torch.Tensor:
     readout.eval()
-    blocks = [to_device(block, device) for block in torch.split(features, EVAL_ROWS)]
-    return torch.cat([readout.read(block) for block in blocks])
-
-
-def _place(features: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Small features move to the device as a whole; large ones stay mapped from the cache."""
-    is_small = features.element_size() * features.numel() <= ON_DEVICE
-    return features.to(device) if is_small else features
-
-
-def _rows(features: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return to_device(features[rows.to(features.device)], device)
+    blocks = torch.split(torch.arange(len(rows)), EVAL_ROWS)
+    return torch.cat([readout.answer(rows.take(block)) for block in blocks])

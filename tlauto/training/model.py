@@ -87,7 +87,11 @@ class Readout(nn.Module):
 
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """Logits, or regression values, (N, num_outputs) from the backbone's features."""
-        outputs: torch.Tensor = self.output(self.head(self.norm(features)))
+        return self.answer(self.norm(features))
+
+    def answer(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The same from features that `norm` has scaled."""
+        outputs: torch.Tensor = self.output(self.head(scaled))
         return outputs
 
 
