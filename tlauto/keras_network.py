@@ -214,7 +214,7 @@ class _Layer(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self._variables = {TORCH_NAMES.get(v.name, v.name): v for v in layer.weights}
+        self._variables = {_torch_name(variable.name): variable for variable in layer.weights}
         for name, variable in self._variables.items():
             if variable.trainable:
                 self.register_parameter(name, variable.value)
@@ -228,6 +228,12 @@ class _Layer(nn.Module):
         for name, variable in self._variables.items():
             variable._value = getattr(self, name)
         return self
+
+
+def _torch_name(keras_name: str) -> str:
+    """A variable's name in torch; Keras counts nameless ones over the whole process (`variable_198`)."""
+    name = re.sub(r"_\d+$", "", keras_name)
+    return TORCH_NAMES.get(name, name)
 
 
 def _obey(shell: _Layer) -> Callable[..., Any]:
