@@ -70,7 +70,10 @@ class Lines:
                 for line in plan_lines(event):
                     self.say(line)
             case TrialEnded():
-                self.say(trial_line(event))
+                line, *why = trial_line(event).splitlines()
+                self.row(line)
+                for text in why:
+                    self.say(text)
             case Progress():
                 self._progress(event)
             case Said(text):
@@ -81,6 +84,12 @@ class Lines:
     def say(self, line: str) -> None:
         """Print a line as it is, without markup."""
         self.console.print(line, markup=False)
+
+    def row(self, line: str) -> None:
+        """Print a line of a table: cut at the edge of a terminal, never wrapped."""
+        self.console.print(
+            line, markup=False, no_wrap=True, overflow="ellipsis", crop=self.console.is_terminal
+        )
 
     def working(self, text: str) -> None:
         """Tell of something that takes a while."""
@@ -145,11 +154,9 @@ class Table(Lines):
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0), expand=False)
-        for _ in range(2):
-            table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        table.add_column(no_wrap=True, justify="right")
+        table = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False, expand=True)
+        for column in ({}, {}, {"ratio": 1, "overflow": "ellipsis"}, {"justify": "right"}):
+            table.add_column(no_wrap=True, **column)
         for slot, running in self.slots.items():
             table.add_row(*_slot_row(slot, running))
         return Group(table, Text(self.text, no_wrap=True, overflow="ellipsis"))
@@ -160,8 +167,8 @@ def _slot_row(slot: str, running: _Running | None) -> tuple[str, str, str, str]:
         return slot, "", "idle", ""
     event = running.event
     what = f"{event.backbone}  {event.strategy}  {event.head}"
-    score = "" if running.score is None else f"val {running.score:.3f}  "
-    epoch = f"epoch {running.epoch}/{event.epochs}  " if running.epoch else ""
+    score = "" if running.score is None else f"{running.score:.3f}  "
+    epoch = f"epoch {running.epoch}/{event.epochs} " if running.epoch else ""
     return slot, f"trial {event.number}", what, f"{epoch}{score}{duration(time.monotonic() - running.since)}"
 
 
@@ -197,7 +204,7 @@ def plan_lines(event: Planned) -> list[str]:
     return [*lines, HEADER]
 
 
-HEADER = "trial  score             time  backbone  strategy  head"
+HEADER = "trial score             time backbone  strategy  head"
 
 
 def trial_line(event: TrialEnded) -> str:
@@ -206,7 +213,7 @@ def trial_line(event: TrialEnded) -> str:
     state = {"complete": "", "pruned": f"pruned {event.note}"}.get(event.state, event.state)
     names = f"{event.backbone}  {event.strategy}  {event.head}"
     why = f"\n       {event.note}" if event.state == "failed" else ""
-    return f"{event.number:>5}  {score:<5} {state:<9} {duration(event.seconds):>6}  {names}{why}"
+    return f"{event.number:>5} {score:<5} {state:<9} {duration(event.seconds):>6} {names}{why}"
 
 
 def progress_line(now: Progress) -> str:
