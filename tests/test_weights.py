@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,29 @@ def test_torch_hubs_cache_is_used_offline(empty_caches: Path) -> None:
     assert TORCHVISION.weights_status(f"torchvision:{SHUFFLE}", options).state == "at_hand"
     backbone = TORCHVISION.load(f"torchvision:{SHUFFLE}", options)
     assert torch.equal(first_weight(backbone), next(iter(state.values())))
+
+
+def test_the_hugging_face_hubs_cache_is_used_offline(tmp_path: Path) -> None:
+    # In a process of its own: huggingface_hub reads HF_HOME when it is imported.
+    repository = tmp_path / "hf" / "hub" / "models--timm--test_resnet.r160_in1k"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    save_file(tiny_state(5), repository / "snapshots" / "abc" / "model.safetensors")
+    code = (
+        "from tlauto import WeightsOptions; from tlauto.builtin.timm_provider import TimmProvider\n"
+        f"options, provider, id = WeightsOptions(offline=True), TimmProvider(), {TINY!r}\n"
+        "print(provider.weights_status(id, options).detail)\n"
+        "print(next(provider.load(id, options).module.parameters()).sum().item())\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    detail, total = result.stdout.splitlines()
+    assert detail == f"cache: {repository}/snapshots/abc/model.safetensors"
+    assert float(total) == pytest.approx(next(iter(tiny_state(5).values())).sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

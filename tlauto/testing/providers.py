@@ -264,7 +264,7 @@ class BackboneProviderSuite:
 def _check_input(wanted: ImageInput) -> None:
     assert wanted.size >= 16
     assert wanted.fit in ("crop", "squash", "border")
-    assert wanted.resize >= wanted.size, "images are resized first, then cropped to `size`"
+    assert wanted.resize > 0.5 * wanted.size, "`resize` is the edge before the crop to `size`, in pixels"
     assert wanted.interpolation in ("nearest", "bilinear", "bicubic", "lanczos")
     assert len(wanted.mean) == len(wanted.std) == 3 and all(value > 0 for value in wanted.std)
 
