@@ -75,6 +75,8 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> No
         done = run_trial(spec, registry(), dataset, device=device, on_epoch=on_epoch)
     except TrialError as error:
         send(TrialFailed(spec.number, error.kind, str(error), traceback.format_exc()))
+    except TlautoError as error:
+        send(TrialFailed(spec.number, TrialError.kind, str(error), traceback.format_exc()))
     except Exception as error:  # noqa: BLE001 a plugin's model may raise anything; the search goes on
         kind = "out of memory" if isinstance(error, MemoryError) else "error"
         send(TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc()))
