@@ -97,7 +97,7 @@ def offered(registry: Registry, weights: WeightsOptions, note: Say) -> list[Back
         except TlautoError as error:
             note(f"provider '{name}' is left out: {error}")
             continue
-        found.update({info.id: found.get(info.id, info) for info in local})
+        found.update({info.id: info for info in local})
     return list(found.values())
 
 
