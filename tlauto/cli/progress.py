@@ -23,7 +23,7 @@ from tlauto.events import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
+    from rich.console import Console, Group, OverflowMethod
     from rich.live import Live
 
 
@@ -36,7 +36,8 @@ def show_progress(*, quiet: bool = False) -> Iterator[Emit]:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(stderr=True, highlight=False, soft_wrap=not _is_terminal())
+    # emoji: without markup rich still reads `timm:x:` as one.
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=not _is_terminal())
     if not console.is_terminal:
         yield Lines(console)
         return
@@ -86,10 +87,9 @@ class Lines:
         self.console.print(line, markup=False)
 
     def row(self, line: str) -> None:
-        """Print a line of a table: cut at the edge of a terminal, never wrapped."""
-        self.console.print(
-            line, markup=False, no_wrap=True, overflow="ellipsis", crop=self.console.is_terminal
-        )
+        """Print a line of a table: cut at the edge of a terminal, whole elsewhere, never wrapped."""
+        overflow: OverflowMethod = "ellipsis" if self.console.is_terminal else "ignore"
+        self.console.print(line, markup=False, no_wrap=True, overflow=overflow, crop=self.console.is_terminal)
 
     def working(self, text: str) -> None:
         """Tell of something that takes a while."""
@@ -176,14 +176,12 @@ def _slot_row(slot: str, running: _Running | None) -> tuple[str, str, str, str]:
 
 
 def data_lines(event: DataRead) -> list[str]:
-    """What was read, and what the doctor found."""
+    """What was read, and what the doctor found, unreadable files among it."""
     parts = ", ".join(
         f"{name} {count}{' held out' if name == 'test' else ''}" for name, count in event.counts.items()
     )
     what = f"{event.classes} classes, " if event.classes else ""
-    unreadable = f", {event.unreadable} unreadable" if event.unreadable else ""
-    total = sum(event.counts.values())
-    lines = [f"images    {event.task}: {what}{total} images ({parts}){unreadable}"]
+    lines = [f"images    {event.task}: {what}{parts}"]
     return lines + [f"          {note}" for note in event.notes]
 
 
@@ -221,7 +219,7 @@ def progress_line(now: Progress) -> str:
     best = "none yet" if now.best_score is None else f"trial {now.best_number}, {now.best_score:.3f}"
     total = f"/{now.max_trials}" if now.max_trials else ""
     aside = "".join(f", {n} {what}" for n, what in ((now.pruned, "pruned"), (now.failed, "failed")) if n)
-    return f"best      {best}        {now.done}{total} done{aside}{_left(now)}"
+    return f"best      {best}   {now.done}{total} done{aside}{_left(now)}"
 
 
 def _left(now: Progress) -> str:
@@ -230,7 +228,8 @@ def _left(now: Progress) -> str:
         guesses.append(now.seconds / now.done * (now.max_trials - now.done))
     if now.seconds_left is not None:
         guesses.append(now.seconds_left)
-    return f", about {duration(max(0.0, min(guesses)))} left" if guesses else ""
+    left = min(guesses, default=0.0)
+    return f", about {duration(left)} left" if left > 0 else ""
 
 
 def duration(seconds: float) -> str:

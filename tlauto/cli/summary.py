@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
     from tlauto.api import Search
     from tlauto.results.leaderboard import Row
+
+WIDE = 200
+"""Columns of a table that goes to a file or another program, where no name should be cut."""
 
 
 def print_result(search: Search) -> None:
@@ -38,15 +43,13 @@ def print_study(search: Search) -> None:
     info = search.info()
     config, plan, report = info["config"], info["plan"], info["dataset"]["report"]
     rows = search.leaderboard()
-    states = {
-        s: sum(r.state == s for r in rows) for s in ("complete", "pruned", "failed", "running", "waiting")
-    }
+    states = Counter("interrupted" if row.is_interrupted else row.state for row in rows)
     given = {k: v for k, v in config.items() if v not in (None, [], {}, False) and k not in ("data", "study")}
     lines = [
         ("study", f"{search.name} ({info['state']}, {duration(info['seconds'])} active)"),
         ("data", f"{config['data']} ({plan['task']}, fingerprint {info['dataset']['fingerprint'][:12]})"),
         ("score", f"{plan['metric']} on validation"),
-        ("trials", ", ".join(f"{n} {s}" for s, n in states.items() if n) or "none"),
+        ("trials", ", ".join(f"{n} {state}" for state, n in states.items()) or "none"),
         ("backbones", ", ".join(plan["backbones"])),
         ("settings", ", ".join(f"{k} {_plain(v)}" for k, v in given.items())),
     ]
@@ -61,11 +64,17 @@ def result_json(search: Search) -> dict[str, Any]:
     """The documented result of a search; see `docs/json.md`."""
     rows = search.leaderboard()
     best = next((row for row in rows if row.is_best), None)
+    info = search.info()
     return {
         "study": search.name,
         "out": str(search.out),
+        "state": info["state"],
         "interrupted": search.interrupted,
-        "trials": sum(row.state in ("complete", "pruned", "failed") for row in rows),
+        "task": info["plan"]["task"],
+        "metric": info["plan"]["metric"],
+        "backbones": info["plan"]["backbones"],
+        "seconds": round(info["seconds"], 3),
+        "trials": sum(row.counts for row in rows),
         "best": dataclasses.asdict(best) if best else None,
         "model": str(search.model) if search.model.is_dir() else None,
         "test": search.test,
@@ -75,20 +84,23 @@ def result_json(search: Search) -> dict[str, Any]:
 
 def _print_table(console: Console, rows: Sequence[Row]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("score", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
-    for name in ("backbone", "strategy", "head"):
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
+    table.add_column("backbone", overflow="fold")  # the only one that gives way: no name is cut
+    for name in ("strategy", "head"):
+        table.add_column(name, no_wrap=True)
     for row in rows:
         score = "" if row.score is None else f"{row.score:.3f}"
         if row.state != "complete":
             score = f"{score} {row.state}".strip()
         took = "" if row.seconds is None else duration(row.seconds)
         cells = (str(row.number), score, took, row.backbone, row.strategy, row.head)
-        table.add_row(*cells, style="bold green" if row.is_best else None)
+        # As Text, not as str: a name may hold brackets that rich would read as markup.
+        table.add_row(*map(Text, cells), style="bold green" if row.is_best else None)
     console.print(table)
     for row in rows:
         if row.state == "failed":
@@ -102,7 +114,8 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
         return
     console.print()
     what = f"{best.backbone}, {best.strategy}, {best.head}"
-    console.print(f"best      trial {best.number}: {what}; validation {best.score:.3f}", markup=False)
+    console.print(f"best      trial {best.number}: {what}", markup=False)
+    console.print(f"score     {best.score:.3f} on validation", markup=False)
     test = search.test
     if test:
         shown = [name for name in _order(test, search) if name in test][:4]
@@ -129,8 +142,8 @@ def _comparison_lines(comparison: Mapping[str, Any] | None) -> list[str]:
     verdict = "significant" if comparison["significant"] else "not significant"
     gain = f"{comparison['gain']:+.3f} [{comparison['low']:+.3f}, {comparison['high']:+.3f}]"
     return [
-        f"default   {other['backbone']}, {other['strategy']}, {other['head']}: test "
-        f"{comparison['metric']} {_interval(value)}",
+        f"default   {other['backbone']}, {other['strategy']}, {other['head']}",
+        f"          {comparison['metric']} {_interval(value)}",
         f"gain      {gain} over the default recipe, {verdict}",
     ]
 
@@ -163,4 +176,6 @@ def _plain(value: Any) -> str:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    is_file = not sys.stdout.isatty()
+    width = WIDE if is_file and "COLUMNS" not in os.environ else None
+    return Console(highlight=False, emoji=False, soft_wrap=is_file, width=width)

@@ -10,7 +10,7 @@ from typing import Any
 from tlauto.schedule import best_trial, rank
 from tlauto.space import Scalar
 from tlauto.store import Store
-from tlauto.study import Study, TrialRecord
+from tlauto.study import INTERRUPTED, Study, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class Row:
     metrics: Mapping[str, Mapping[str, float]]
     error: str | None
     is_best: bool = False
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether it was cut off with its search; it does not count and is proposed again."""
+        return self.state == "failed" and (self.error or "").startswith(f"{INTERRUPTED}:")
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts towards the total of trials."""
+        return self.state in ("complete", "pruned", "failed") and not self.is_interrupted
 
 
 def leaderboard(store: Store, study: Study) -> list[Row]:
