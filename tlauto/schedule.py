@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def trial_seed(seed: int, number: int) -> int:
 def rank(trial: TrialRecord) -> tuple[float, float]:
     """Sorts trials: by score, then by lower validation loss, since small parts make many ties."""
     score = trial.score if trial.score is not None else float("-inf")
-    return score, -float(trial.attrs.get("val_loss", float("inf")))
+    loss = float(trial.attrs.get("val_loss", math.inf))
+    return score, -math.inf if math.isnan(loss) else -loss
 
 
 def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -176,4 +178,5 @@ def counts(trials: Sequence[TrialRecord]) -> Mapping[str, int]:
 
 
 def _failed_probe(trial: TrialRecord) -> bool:
-    return trial.attrs.get("purpose") == "probe" and trial.state == "failed"
+    """Not one that was cut off: it runs again."""
+    return trial.attrs.get("purpose") == "probe" and trial.state == "failed" and trial.counts
