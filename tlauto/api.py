@@ -141,20 +141,21 @@ def open_search(
 
     Raises: StoreError when there is no workspace or no such study.
     """
-    from tlauto.store import Store, storage_url, workspace_exists
+    from tlauto.store import Store, shown_url, storage_url, workspace_exists
 
     folder = Path(out).resolve()
+    place = shown_url(storage) if storage else str(folder)
     if not workspace_exists(folder, storage):
         raise StoreError(
-            f"there is no workspace at {folder}; run 'tlauto search --data PATH' or name one with --out"
+            f"there is no workspace at {place}; run 'tlauto search --data PATH' or name one with --out"
         )
     with closing(Store(storage_url(folder, storage))) as store:
         names = store.studies()
     if not names:
-        raise StoreError(f"the workspace {folder} holds no study yet; run 'tlauto search --data PATH'")
+        raise StoreError(f"the workspace {place} holds no study yet; run 'tlauto search --data PATH'")
     if study is not None and study not in names:
         hint = did_you_mean(study, names)
-        raise StoreError(f"no study '{study}' in {folder}{hint} (it has {', '.join(names)})")
+        raise StoreError(f"no study '{study}' in {place}{hint} (it has {', '.join(names)})")
     return Search(study or names[0], folder, storage)
 
 

@@ -185,6 +185,7 @@ def _check(config: SearchConfig) -> None:
         if condition:
             raise ConfigError(message)
 
+    refuse(not config.data.strip(), "the dataset's path is empty; name a folder or manifest with --data PATH")
     refuse(config.task not in TASKS, f"unknown task '{config.task}'; choose from {', '.join(TASKS)}")
     refuse(
         config.preset not in PRESETS, f"unknown preset '{config.preset}'; choose from {', '.join(PRESETS)}"
@@ -192,7 +193,7 @@ def _check(config: SearchConfig) -> None:
     refuse(
         config.trials is not None and config.trials < 1, f"--trials must be at least 1, not {config.trials}"
     )
-    refuse(config.time_s is not None and config.time_s <= 0, "--time must be more than zero")
+    refuse(config.time_s is not None and not config.time_s > 0, "--time must be more than zero")
     refuse(
         config.workers is not None and not 0 <= config.workers <= 512,
         f"--workers must be from 0 to 512, not {config.workers}",
@@ -205,11 +206,16 @@ def _check(config: SearchConfig) -> None:
     )
     refuse(
         bool(config.weights_dir) and not Path(str(config.weights_dir)).is_dir(),
-        f"the weights folder '{config.weights_dir}' does not exist; give --weights-dir an existing folder",
+        f"the weights folder '{config.weights_dir}' does not exist; give --weights-dir (or "
+        f"TLAUTO_WEIGHTS) an existing folder",
+    )
+    refuse(
+        bool(config.weights) and not config.pretrained,
+        "--weights and --no-pretrained exclude each other; leave one out",
     )
     for id, path in config.weights.items():
         refuse(":" not in id, f"--weights '{id}' is not PROVIDER:NAME=PATH, for example timm:resnet18=FILE")
-        refuse(not Path(path).is_file(), f"the weights file '{path}' for {id} does not exist")
+        refuse(not Path(path).is_file(), f"the weights file '{path}' of {id} does not exist; check the path")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -221,6 +227,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error}") from None
     search = table.pop("search", {})
     known = {f.name for f in dataclasses.fields(SearchConfig)} | {"time"}
+    if not isinstance(search, dict):
+        raise ConfigError(f"{path}: 'search' is {search!r}; write a table, [search], with a setting a line")
     if table:
         raise ConfigError(f"{path}: unknown table '{next(iter(table))}'; settings stand under [search]")
     return {
@@ -235,16 +243,18 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
     if name == "time":
         return "time_s", parse_seconds(str(value))
     if name in ("backbones", "strategies", "heads"):
-        return name, tuple(value.split(",")) if isinstance(value, str) else tuple(map(str, value))
+        value = value.split(",") if isinstance(value, str) else value
     expected: dict[str, type | tuple[type, ...]] = {
         "trials": int, "workers": int, "seed": int, "time_s": (int, float),
         "offline": bool, "pretrained": bool, "new": bool, "allow_leaks": bool,
-        "params": dict, "weights": dict,
+        "params": dict, "weights": dict, "backbones": list, "strategies": list, "heads": list,
     }  # fmt: skip
     kind = expected.get(name, str)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    parts = value if isinstance(value, list) else value.values() if name == "weights" and fits else ()
+    if not fits or not all(isinstance(part, str) for part in parts):
         raise ConfigError(f"{path}: '{key}' is {value!r}, which is not the kind of value it takes")
-    return name, value
+    return name, tuple(value) if isinstance(value, list) else value
 
 
 def _shown(value: Any) -> str:

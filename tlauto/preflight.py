@@ -41,8 +41,19 @@ def _match(
         matches = list(matching(pattern, registry, weights))
         found.update({info.id: info for info in matches})
         if not matches:
+            check_exact(pattern, registry, weights)
             unmatched.append(pattern)
     return list(found.values()), tuple(unmatched)
+
+
+def check_exact(pattern: str, registry: Registry, weights: WeightsOptions) -> None:
+    """Have the provider say what is wrong with an exact id, which it may know the closest name to.
+
+    Raises: UnknownNameError when it knows no such backbone. A glob is no exact id and passes.
+    """
+    provider, colon, name = pattern.partition(":")
+    if colon and not set("*?[") & set(pattern):
+        registry.provider(provider).weights_status(f"{provider}:{name}", weights)
 
 
 def matching(pattern: str, registry: Registry, weights: WeightsOptions) -> Iterable[BackboneInfo]:
@@ -92,6 +103,8 @@ def offered(registry: Registry, weights: WeightsOptions, note: Say) -> list[Back
     for name in registry.names("backbone_providers"):
         provider = registry.provider(name)
         found.update({info.id: info for info in provider.shortlist()})
+        if not weights.folder and not weights.files:
+            continue  # nothing to look for, and looking would import the provider's library
         try:
             local = local_backbones(provider.find("*", weights), registry, weights)
         except TlautoError as error:

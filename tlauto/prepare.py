@@ -19,7 +19,7 @@ from tlauto.config import IDENTITY, SearchConfig, differences
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
 from tlauto.data import Dataset, load_dataset, memory_file
 from tlauto.devices import Slot, cache_folder, make_slots
-from tlauto.errors import ConfigError, DataError, StoreError
+from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Working
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
@@ -28,7 +28,7 @@ from tlauto.pool.local import LocalPool
 from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store, storage_url
-from tlauto.study import INTERRUPTED, Study
+from tlauto.study import INTERRUPTED, Study, check_name
 
 
 @dataclass
@@ -58,17 +58,21 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     """
     strategies, heads = _chosen(config, registry())
     slots = make_slots(config.devices, config.workers)
-    out = _workspace(config.out)
+    out = _writable(Path(config.out), "workspace", "--out")
+    cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
     with contextlib.ExitStack() as undo:
         store = Store(storage_url(config.out, config.storage))
         undo.callback(store.close)
         name = _study_name(config, store)
         stored = store.search(name)
         if stored:
+            store.require_free(name)
             _check_fits(name, config, SearchConfig.from_json(stored["config"]))
         dataset, report = _read_data(config, store, name if stored else None, emit)
         metric, why = _metric(config, dataset)
         heads = _heads_for(dataset.task, heads, config)
+        _space(config, strategies, heads, {}, dataset.task)  # refuses a wrong --set before any worker starts
+        check_name(store.url, name)
         pool = _make_pool(config, slots, out / name)
         undo.callback(pool.close)
         ids = tuple(stored["plan"]["backbones"]) if stored else config.backbones
@@ -80,7 +84,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
             metric=metric,
             dataset_file=str(out / name / "dataset.json"),
             folder=out / name,
-            cache=cache_folder(),
+            cache=cache,
             device=slots[0].device,
         )
         if not stored:
@@ -139,7 +143,8 @@ def _metric(config: SearchConfig, dataset: Dataset) -> tuple[str, str]:
     known = find_task(dataset.task).metrics
     if config.metric not in known:
         raise ConfigError(
-            f"the metric '{config.metric}' does not fit {dataset.task}; choose from {', '.join(known)}"
+            f"no metric '{config.metric}' for {dataset.task}{did_you_mean(config.metric, known)} "
+            f"(choose from {', '.join(known)})"
         )
     return config.metric, "as asked"
 
@@ -156,8 +161,7 @@ def _class_counts(dataset: Dataset) -> list[int]:
 # --- the workspace ----------------------------------------------------------------------------------
 
 
-def _workspace(out: str) -> Path:
-    folder = Path(out)
+def _writable(folder: Path, what: str, setting: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -165,7 +169,7 @@ def _workspace(out: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise StoreError(
-            f"cannot write to the workspace {folder}: {error.strerror}; choose another folder with --out"
+            f"cannot write to the {what} {folder}: {error.strerror}; choose another folder with {setting}"
         ) from None
     return folder
 

@@ -31,6 +31,9 @@ class SearchSpace:
     def __post_init__(self) -> None:
         known = dict(self._every())
         for name, value in self.fixed.items():
+            if name in ("backbone", "strategy", "head"):
+                flag = {"strategy": "strategies"}.get(name, f"{name}s")
+                raise ConfigError(f"'{name}' is not set as a parameter; use --{flag} {value}")
             if name not in known:
                 raise ConfigError(
                     f"no parameter '{name}' in this search{did_you_mean(name, known)} "

@@ -104,7 +104,19 @@ def storage_url(out: str | Path, storage: str | None) -> str:
 
 def workspace_exists(out: str | Path, storage: str | None) -> bool:
     """Whether there is a database to read, without creating one."""
-    return storage is not None or (Path(out) / "tlauto.db").is_file()
+    file = _sqlite_file(storage_url(out, storage))
+    return file is None or file.is_file()
+
+
+def shown_url(url: str) -> str:
+    """The URL without password; the path alone for SQLite."""
+    file = _sqlite_file(url)
+    if file:
+        return str(file)
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return url
 
 
 class Store:
@@ -158,13 +170,17 @@ class Store:
 
     def claim(self, study: str) -> None:
         """Make this process the study's coordinator; raises StoreError while another one lives."""
+        self.require_free(study)
+        self._update(study, state="running", pid=os.getpid(), host=socket.gethostname(), beat_at=time.time())
+
+    def require_free(self, study: str) -> None:
+        """Raise StoreError while another coordinator of this study lives."""
         row = self.search(study)
         if row and row["state"] == "running" and _is_alive(row):
             raise StoreError(
                 f"study '{study}' is being searched by process {row['pid']} on {row['host']}; wait for it, "
                 f"stop it, or start another study with --study NAME"
             )
-        self._update(study, state="running", pid=os.getpid(), host=socket.gethostname(), beat_at=time.time())
 
     def release(self, study: str, *, state: str) -> None:
         """Give the study up as `interrupted` or `finished`."""
@@ -270,7 +286,7 @@ class Store:
             )
             if (version or 0) > newest:
                 raise StoreError(
-                    f"{_shown(self.url)} was written by a newer tlauto (schema {version}, this one knows "
+                    f"{shown_url(self.url)} was written by a newer tlauto (schema {version}, this one knows "
                     f"{newest}); upgrade tlauto or use another --out"
                 )
             for step in range((version or 0) + 1, newest + 1):
@@ -286,7 +302,7 @@ def _engine(url: str) -> sa.Engine:
         engine = sa.create_engine(parsed, connect_args={"timeout": 60} if is_sqlite else {})
     except (sa.exc.ArgumentError, ImportError) as error:
         raise StoreError(
-            f"cannot use the storage '{_shown(url)}': {error}; a URL looks like sqlite:////folder/tlauto.db"
+            f"cannot use the storage '{shown_url(url)}': {error}; a URL looks like sqlite:////folder/tlauto.db"
         ) from None
     if is_sqlite:
         sa.event.listen(engine, "connect", _tune_sqlite)
@@ -307,19 +323,19 @@ def _explained(url: str) -> Iterator[None]:
     except sa.exc.SQLAlchemyError as error:
         cause = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise StoreError(
-            f"cannot use the database {_shown(url)}: {cause}; check the path and its permissions, or use "
+            f"cannot use the database {shown_url(url)}: {cause}; check the path and its permissions, or use "
             f"another --out"
         ) from error
 
 
-def _shown(url: str) -> str:
-    """The URL without password; the path alone for SQLite."""
+def _sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite URL; None for any other database and for what is no URL."""
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError:
-        return url
+        return None
     is_file = parsed.get_backend_name() == "sqlite" and parsed.database
-    return str(parsed.database) if is_file else parsed.render_as_string(hide_password=True)
+    return Path(str(parsed.database)) if is_file else None
 
 
 def _is_alive(row: Mapping[str, Any]) -> bool:

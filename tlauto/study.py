@@ -40,6 +40,16 @@ class TrialRecord:
         return self.state in ("complete", "pruned", "failed") and self.attrs.get("error_kind") != INTERRUPTED
 
 
+def check_name(url: str, name: str) -> None:
+    """Raise StoreError when the database has a study of that name that tlauto did not make."""
+    for summary in optuna.get_all_study_summaries(_storage(url)):
+        if summary.study_name == name and summary.user_attrs.get("tlauto_format") != FORMAT:
+            raise StoreError(
+                f"the study '{name}' in this database was not made by this version of tlauto; choose another "
+                f"name with --study NAME"
+            )
+
+
 class Study:
     """One Optuna study of ours in a database.
 
@@ -50,6 +60,7 @@ class Study:
         self.name = name
         self.seed = seed
         self._storage = _storage(url)
+        check_name(url, name)
         existing = {study.study_name for study in optuna.get_all_study_summaries(self._storage)}
         if name not in existing and not create:
             raise StoreError(f"the database has no study '{name}' ('tlauto show' lists what it has)")
@@ -67,11 +78,6 @@ class Study:
         self._running: dict[int, optuna.Trial] = {}
         if name not in existing:
             self._study.set_user_attr("tlauto_format", FORMAT)
-        elif self._study.user_attrs.get("tlauto_format") != FORMAT:
-            raise StoreError(
-                f"the study '{name}' in this database was not made by this version of tlauto; choose another "
-                f"name with --study NAME"
-            )
 
     def set_metric(self, metric: str) -> None:
         """Name the score, for the dashboard."""

@@ -112,7 +112,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
 
 def _unreadable(path: Path, error: BaseException) -> WeightsError:
     reason = " ".join(str(error).split())[:160] or type(error).__name__
-    hint = ""
+    hint = "; get the file again"
     if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
         reason = "it is damaged, or holds pickled objects, which are never loaded"
         hint = "; save its state_dict() alone, best as .safetensors"

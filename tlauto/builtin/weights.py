@@ -118,7 +118,9 @@ def sha256_file(path: str | Path) -> str:
 
 def wrong_weights(id: str, path: Path, reason: str) -> WeightsError:
     """The error for a file that holds weights of another architecture."""
-    return WeightsError(f"'{path}' does not hold weights of {id}: {reason}")
+    return WeightsError(
+        f"'{path}' does not hold weights of {id}: {reason}; give the file of this architecture"
+    )
 
 
 # --- the network ------------------------------------------------------------------------------------

@@ -71,6 +71,12 @@ def main(args: Sequence[str] | None = None) -> None:
         # The reader (head, less) went away: not an error of ours.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        # A full disk or a lost permission can strike anywhere.
+        what = f"cannot use {error.filename}" if error.filename else "cannot read or write"
+        reason = error.strerror or str(error)
+        click.echo(f"error: {what}: {reason}; check the path, its permissions and the free space", err=True)
+        sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

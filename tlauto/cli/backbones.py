@@ -34,7 +34,7 @@ def command(pattern: str | None, options: WeightsOptions, as_json: bool) -> None
     """
     from tlauto.errors import UnknownNameError
     from tlauto.plugins import load_plugins
-    from tlauto.preflight import matching, offered
+    from tlauto.preflight import check_exact, matching, offered
 
     registry = load_plugins()
     if pattern is None:
@@ -42,6 +42,7 @@ def command(pattern: str | None, options: WeightsOptions, as_json: bool) -> None
     else:
         infos = list(matching(pattern, registry, options))
         if not infos:
+            check_exact(pattern, registry, options)
             raise UnknownNameError(
                 f"no backbone matches '{pattern}'; the form is provider:name, for example 'timm:resnet*'"
             )

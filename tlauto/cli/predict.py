@@ -39,6 +39,8 @@ def command(model: Path, paths: tuple[Path, ...], top_k: int, form: str | None, 
 
     failures: list[str] = []
     files = list(_files(paths, failures))
+    if not files and model.is_dir():
+        return 1  # without the seconds that loading takes
     bundle = load_bundle(model, device)
     # A CSV table of a multilabel model has a column for every class.
     kept = len(bundle.labels) if form == "csv" and bundle.manifest.task == "multilabel" else top_k
@@ -58,13 +60,16 @@ def _files(paths: Sequence[Path], failures: list[str]) -> Iterator[Path]:
     from tlauto.data.images import is_image_name
 
     for path in paths:
+        if not path.exists():
+            _tell(f"there is no file or folder {path}; check the path", failures)
+            continue
         if not path.is_dir():
             yield path
             continue
         found = [file for file in sorted(path.rglob("*")) if is_image_name(file.name)]
         inside = [f for f in found if not any(p.startswith(".") for p in f.relative_to(path).parts)]
         if not inside:
-            _tell(f"the folder {path} holds no images", failures)
+            _tell(f"the folder {path} holds no images; name a folder of images", failures)
         yield from inside
 
 

@@ -87,7 +87,7 @@ def command(resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], *
     if resume and flags["new"]:
         raise click.UsageError("--resume and --new exclude each other")
     flags["params"] = parse_params(params) or None
-    flags["time_s"] = parse_seconds(flags["time_s"]) if flags["time_s"] else None
+    flags["time_s"] = None if flags["time_s"] is None else parse_seconds(flags["time_s"])
     config = resolve(flags)
     with show_progress(quiet=quiet) as emit:
         session, interrupted = run(config, emit=emit)

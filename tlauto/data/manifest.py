@@ -130,8 +130,8 @@ def _csv_rows(file: Path, text: str) -> list[_Row]:
             where = f"{file.name} line {reader.line_num}"
             if len(cells) != len(header):
                 raise DataError(
-                    f"{where} of {file.parent}: {len(cells)} cells where the header has {len(header)}; "
-                    f"quote cells that hold the delimiter '{delimiter}'"
+                    f"{where} of {file.parent}: {counted(len(cells), 'cell')} where the header has "
+                    f"{len(header)}; quote cells that hold the delimiter '{delimiter}'"
                 )
             rows.append(_Row(where, dict(zip(header, cells, strict=True))))
     except csv.Error as error:

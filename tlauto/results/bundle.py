@@ -172,7 +172,10 @@ def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | 
     manifest = read_manifest(own_file(folder, MANIFEST_FILE))
     file = own_file(folder, WEIGHTS_FILE)
     if sha256(file) != manifest.sha256:
-        raise DataError(f"{file} is damaged or was changed: its SHA-256 is not the one in {MANIFEST_FILE}")
+        raise DataError(
+            f"{file} is damaged or was changed: its SHA-256 is not the one in {MANIFEST_FILE}; copy the "
+            f"bundle again from where it was made"
+        )
     place = find_device(device)
     classifier = build_network(folder, file, manifest, plugins or registry())
     load_tensors(classifier, file)

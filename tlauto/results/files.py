@@ -96,7 +96,7 @@ def own_file(folder: Path, name: str) -> Path:
             f"('tlauto search' leaves a bundle in <out>/<study>/model)"
         )
     if not path.is_file():
-        raise DataError(f"the model bundle {folder} is incomplete: {name} is missing")
+        raise DataError(f"the model bundle {folder} is incomplete: {name} is missing; copy it whole")
     return path
 
 

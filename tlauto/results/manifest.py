@@ -99,7 +99,7 @@ def read_manifest(path: Path) -> Manifest:
         raise DataError(f"{path} does not describe a tlauto model bundle (its 'format' is not '{FORMAT}')")
     version = data.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise DataError(f"{path} is damaged: 'format_version' is {version!r}")
+        raise _damaged(path, f"'format_version' is {version!r}")
     if version > FORMAT_VERSION:
         raise DataError(
             f"{path} has format version {version}, this tlauto reads up to {FORMAT_VERSION}; "
@@ -109,7 +109,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = _manifest(data)
         _check(manifest)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise DataError(f"{path} is damaged: {_reason(error)}") from None
+        raise _damaged(path, _reason(error)) from None
     return manifest
 
 
@@ -119,10 +119,14 @@ def _read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):
-        raise DataError(f"{path} is damaged: it is not JSON") from None
+        raise _damaged(path, "it is not JSON") from None
     if not isinstance(data, dict):
-        raise DataError(f"{path} is damaged: it holds no JSON object")
+        raise _damaged(path, "it holds no JSON object")
     return data
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"{path} is damaged: {reason}; copy the bundle again from where it was made")
 
 
 def _manifest(data: Mapping[str, Any]) -> Manifest:

@@ -142,6 +142,10 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ConfigError(f"this machine has no device '{name}': {reason}") from None
+        reason = (str(error).splitlines() or ["unknown"])[0].split(". ")[0]
+        if reason.startswith("Expected one of"):  # every device type that torch was ever built for
+            reason = "no such kind of device"
+        raise ConfigError(
+            f"this machine has no device '{name}' ({reason}); use auto, cpu, cuda or cuda:N"
+        ) from None
     return device
