@@ -35,12 +35,13 @@ def command(model: Path, paths: tuple[Path, ...], top_k: int, form: str | None, 
 
     Example: tlauto predict tlauto-runs/flowers/model photos/ --top-k 3
     """
-    from tlauto.results.bundle import load_bundle
+    from tlauto.results.bundle import load_bundle, require_bundle
 
+    require_bundle(model)  # at once: loading takes seconds
     failures: list[str] = []
     files = list(_files(paths, failures))
-    if not files and model.is_dir():
-        return 1  # without the seconds that loading takes
+    if not files:
+        return 1
     bundle = load_bundle(model, device)
     # A CSV table of a multilabel model has a column for every class.
     kept = len(bundle.labels) if form == "csv" and bundle.manifest.task == "multilabel" else top_k

@@ -156,6 +156,16 @@ def _probe(classifier: Classifier) -> tuple[float, ...]:
     return tuple(outputs)
 
 
+def require_bundle(folder: Path) -> None:
+    """Raise DataError unless there is a bundle in a folder, damaged or not; opens nothing."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(
+            f"the model bundle {folder} {what} ('tlauto search' leaves one in <out>/<study>/model)"
+        )
+    own_file(folder, MANIFEST_FILE)
+
+
 def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | None = None) -> Bundle:
     """The bundle in a folder, on a device; reads nothing else and never the network.
 
@@ -164,11 +174,7 @@ def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | 
     a device that this machine does not have.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DataError(
-            f"the model bundle {folder} {what} ('tlauto search' leaves one in <out>/<study>/model)"
-        )
+    require_bundle(folder)
     manifest = read_manifest(own_file(folder, MANIFEST_FILE))
     file = own_file(folder, WEIGHTS_FILE)
     if sha256(file) != manifest.sha256:
