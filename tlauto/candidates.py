@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from tlauto.config import SearchConfig
 from tlauto.contracts import BackboneInfo
@@ -38,6 +39,10 @@ def find_candidates(
             raise WeightsError(candidate.problem)
     if not result.candidates:
         raise WeightsError(_no_weights(config))
+    used = {candidate.status.path for candidate in result.candidates}
+    for id, path in config.weights.items():
+        if str(Path(path)) not in used:
+            emit(Said(f"--weights {id}={path} is not used: no backbone of this search has that id"))
     ordered = order(candidate.info for candidate in result.candidates)
     return {info.id: info for info in ordered}
 

@@ -20,6 +20,8 @@ def check_backbones(job: Preflight, registry: Registry, *, note: Say) -> Preflig
     from the shortlists and the weights folder, weights at hand first, and those with a problem are
     passed over with a note.
     """
+    for id in job.weights.files:
+        check_exact(id, registry, job.weights)
     if job.patterns:
         found, unmatched = _match(job.patterns, registry, job.weights)
         checked = [_check(info, registry, job.weights) for info in found]
