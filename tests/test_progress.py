@@ -105,7 +105,9 @@ def test_the_columns_stand_under_their_headings() -> None:
     [
         progress_line(progress()),
         progress_line(progress(best_number=None, best_score=None, done=0, pruned=0, failed=0)),
-        *data_lines(DataRead("multiclass", 10, {"train": 1251, "val": 313, "test": 498}, 2)),
+        *data_lines(
+            DataRead("multiclass", 10, {"train": 1251, "val": 313, "test": 498}, (("a.jpg", "truncated"),) * 12)
+        ),
         *plan_lines(
             Planned("s", ("cuda:0", "cuda:1"), (LITE, "keras:MobileNetV2"), ("full",), ("linear",), 29,
                     "balanced_accuracy", "the largest class is 4 times the smallest", 30, None, 7)

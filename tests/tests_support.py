@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 TINY = ("--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained", "--offline", "--preset", "fast")
@@ -28,12 +29,14 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def run(*args: str, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run `tlauto ARGS` in `cwd` to its end."""
+def run(
+    *args: str, cwd: Path, timeout_s: float = 300, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `tlauto ARGS` in `cwd` to its end; `env` is added to its environment."""
     return subprocess.run(
         command(*args),
         cwd=cwd,
-        env=environment(cwd),
+        env={**environment(cwd), **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout_s,

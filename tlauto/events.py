@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataRead:
-    """The dataset is read, checked and split. `counts` is images by split; `left_out` by reason."""
+    """The dataset is read, checked and split. `unreadable`: path and reason of what is left out."""
 
     task: str
     classes: int
     counts: Mapping[str, int]
-    unreadable: int
+    unreadable: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -206,7 +206,7 @@ def _read_data(config: SearchConfig, store: Store, stored: str | None, emit: Emi
             raise DataError(_what_changed(stored, config.data, Dataset.from_json(row["content"]), dataset))
         dataset = dataclasses.replace(Dataset.from_json(row["content"]), root=dataset.root)
     counts = {part: len(dataset.part(part)) for part in ("train", "val", "test")}
-    emit(DataRead(dataset.task, len(dataset.classes), counts, len(report.unreadable), report.warnings))
+    emit(DataRead(dataset.task, len(dataset.classes), counts, report.unreadable, report.warnings))
     return dataset, json.dumps(report.to_json())
 
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 
+LISTED = 10
+"""Unreadable files that are named."""
+
+
 @contextmanager
 def show_progress(*, quiet: bool = False) -> Iterator[Emit]:
     """A function that shows the events it is called with."""
@@ -182,7 +186,11 @@ def data_lines(event: DataRead) -> list[str]:
     )
     what = f"{event.classes} classes, " if event.classes else ""
     lines = [f"images    {event.task}: {what}{parts}"]
-    return lines + [f"          {note}" for note in event.notes]
+    lines += [f"          {note}" for note in event.notes]
+    # The first one stands in the doctor's note.
+    others, more = event.unreadable[1:LISTED], len(event.unreadable) - LISTED
+    lines += [f"          left out: {path}: {reason}" for path, reason in others]
+    return lines + ([f"          and {more} more ('tlauto doctor PATH' lists them)"] if more > 0 else [])
 
 
 def plan_lines(event: Planned) -> list[str]:

@@ -82,13 +82,14 @@ def command(resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], *
     from tlauto.cli.progress import show_progress
     from tlauto.cli.summary import print_result, result_json
     from tlauto.config import resolve
-    from tlauto.coordinator import run
 
     if resume and flags["new"]:
         raise click.UsageError("--resume and --new exclude each other")
     flags["params"] = parse_params(params) or None
     flags["time_s"] = None if flags["time_s"] is None else parse_seconds(flags["time_s"])
     config = resolve(flags)
+    from tlauto.coordinator import run  # after the checks: Optuna and SQLAlchemy take a second
+
     with show_progress(quiet=quiet) as emit:
         session, interrupted = run(config, emit=emit)
     search = Search(session.name, session.plan.folder.parent, config.storage, interrupted)
