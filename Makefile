@@ -2,7 +2,7 @@
 #   make demo    search real images with real pretrained weights, end to end, in a few minutes
 #   make test    lint, types and all tests
 #   make lint    ruff and mypy only
-#   make bench   the measurements of bench/
+#   make bench   a search against a scikit-learn script, on your data (bench/RESULTS.md)
 # PYTHON=python3.12 chooses the interpreter, VENV=DIR another environment.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -51,8 +51,9 @@ demo: setup
 	$(BIN)/tlauto evaluate $(DEMO_OUT)/demo/model --data $(DEMO_DATA) --split test
 	$(BIN)/tlauto predict $(DEMO_OUT)/demo/model $$(find $(DEMO_DATA) -name '*.png' | sort | awk 'NR % 67 == 0')
 
+# On the datasets and weights in the folders TLAUTO_BENCH_DATA and TLAUTO_WEIGHTS; ARGS='--preset fast' goes to the search.
 bench: setup
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python bench/search_vs_probe.py $(ARGS)
 
 # Rewrite constraints.txt from what is installed in $(VENV) now.
 constraints: setup

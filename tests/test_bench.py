@@ -1,0 +1,106 @@
+"""The scripts of bench/ run, see the same images as tlauto, and count right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import probe_script
+import pytest
+import search_vs_probe
+import torch
+from tests_support import TINY, environment
+
+from tlauto import metrics
+from tlauto.contracts import WeightsOptions
+from tlauto.data import load_dataset
+from tlauto.plugins import registry
+from tlauto.training.batches import normalise
+from tlauto.training.pixels import centre_crop, decode
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def script(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / name), *args]
+    env = environment(cwd)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_search_is_compared_with_the_script(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
+    make_patches(tmp_path / "patches")
+    options = ("--trials", "2", "--no-pretrained", "--preset", "fast", "--backbones", TINY[1])
+    done = script("search_vs_probe.py", "--data", "patches", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    (run,) = json.loads(last)["runs"]
+    assert (
+        lines[-1].startswith("| patches | ")
+        and lines[-1].count("|") == search_vs_probe.HEADER.count("|") // 2
+    )
+    dataset, _ = load_dataset(tmp_path / "patches", seed=0)
+    assert run["test_images"] == len(dataset.part("test"))
+    assert run["probe"]["backbone"] == TINY[1]
+    for accuracy in (run["search"]["accuracy"], run["probe"]["test"]["accuracy"]):
+        assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
+    assert not (tmp_path / "tlauto-runs").exists(), "it works in a folder of its own"
+
+
+def test_the_script_tests_only_the_best_backbone_if_asked(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches")
+    backbones = ("--backbone", TINY[1], "--backbone", "timm:test_vit.r160_in1k")
+    done = script(
+        "probe_script.py", "--data", "patches", "--no-pretrained", "--best-only", "--balanced", *backbones,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    tested = [result["backbone"] for result in found["backbones"] if "test" in result]
+    assert tested == [found["best"]["backbone"]]
+    assert found["best"]["cv"] == max(result["cv"] for result in found["backbones"])
+    assert set(found["best"]["test"]) == {"accuracy", "balanced_accuracy"}
+
+
+def test_without_data_it_says_what_to_give(tmp_path: Path) -> None:
+    done = script("search_vs_probe.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "give --data DIR or set TLAUTO_BENCH_DATA" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "id", ["timm:test_resnet.r160_in1k", "torchvision:squeezenet1_1", "keras:MobileNet-0.25-128",
+           "efficientnet-lite:lite0"],
+)  # fmt: skip
+def test_the_scripts_features_are_those_of_a_search(id: str, tmp_path: Path, patches: Any) -> None:
+    files = sorted(str(file) for file in (patches(per_class=2, size=301) / "red").iterdir())
+    backbone = registry().provider(id.partition(":")[0]).load(id, WeightsOptions(pretrained=False))
+    theirs = probe_script.features(backbone.module, files, probe_script.transform(id, backbone))
+    crops = [torch.from_numpy(centre_crop(decode(Path(f), backbone.input), backbone.input)) for f in files]
+    images = normalise(torch.stack(crops).permute(0, 3, 1, 2), backbone.input, torch.device("cpu"))
+    backbone.set_training(False)
+    with torch.no_grad():
+        np.testing.assert_allclose(backbone.pooled(images).numpy(), theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_scripts_interval_is_that_of_a_search() -> None:
+    targets, answers = np.zeros(153, dtype=int), np.eye(2)[np.array([0] * 143 + [1] * 10)]
+    ours = metrics.compute_all("multiclass", targets, answers, intervals=True)["accuracy"]
+    assert probe_script.wilson(143, 153) == pytest.approx((ours["low"], ours["high"]), abs=1e-4)
+
+
+def test_the_interval_of_a_difference_is_newcombes() -> None:
+    # His example (a): 56 of 70 against 48 of 80 gives 0.0524 to 0.3339 by method 10.
+    sides = []
+    for correct, total in ((56, 70), (48, 80)):
+        low, high = probe_script.wilson(correct, total)
+        sides.append({"value": correct / total, "low": low, "high": high})
+    found = search_vs_probe.difference(*sides)
+    assert found["value"] == pytest.approx(0.2)
+    assert (found["low"], found["high"]) == pytest.approx((0.0524, 0.3339), abs=1e-4)
