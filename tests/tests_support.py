@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from PIL import Image
 
 TINY = ("--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained", "--offline", "--preset", "fast")
 """Arguments of a search over one random backbone of 0.5 M parameters."""
@@ -44,6 +46,38 @@ def run(
     )
 
 
+def refused(*args: str, cwd: Path, code: int = 1, env: Mapping[str, str] | None = None) -> str:
+    """The one sentence with which `tlauto ARGS` ends; with code 1 it is all that is printed."""
+    done = run(*args, cwd=cwd, env=env, timeout_s=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    if code == 2:
+        assert lines[0].startswith("Usage:"), done.stderr
+        assert lines[-1].startswith("Error: "), done.stderr
+    else:
+        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[-1]
+
+
 def children(pid: int) -> list[int]:
     """Process ids of the children of a process (Linux)."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _truncate(file: Path) -> None:
+    with Image.open(file) as image:
+        image.resize((200, 200)).save(file.with_suffix(".jpg"))
+    file.unlink()
+    jpeg = file.with_suffix(".jpg")
+    jpeg.write_bytes(jpeg.read_bytes()[:-900])
+
+
+SPOILED: dict[str, Callable[[Path], object]] = {
+    "zero": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.rename(file.with_suffix(".jpg")).write_text("a caption"),
+    "truncated": _truncate,
+    "noise": lambda file: file.write_bytes(os.urandom(500)),
+}
+"""Ways to make an image file unreadable; the suffix may change."""
