@@ -48,7 +48,7 @@ def ended(backbone: str = LITE, **changes: Any) -> TrialEnded:
 
 def progress(**changes: Any) -> Progress:
     facts: dict[str, Any] = {
-        "done": 17, "pruned": 2, "failed": 1, "max_trials": 30, "seconds": 480.0, "seconds_left": None,
+        "done": 17, "pruned": 2, "failed": 1, "max_trials": 30, "seconds_a_trial": 28.0, "seconds_left": None,
         "best_number": 12, "best_score": 0.938,
     }  # fmt: skip
     return Progress(**{**facts, **changes})
@@ -76,7 +76,9 @@ def test_the_time_left_is_what_ends_the_search_first() -> None:
     assert progress_line(progress(max_trials=None, seconds_left=600.0)).endswith("about 10 min left")
 
 
-@pytest.mark.parametrize("changes", [{"done": 30}, {"seconds_left": -3.0}, {"done": 0}, {"max_trials": None}])
+@pytest.mark.parametrize(
+    "changes", [{"done": 30}, {"seconds_left": -3.0}, {"seconds_a_trial": None}, {"max_trials": None}]
+)
 def test_no_time_is_told_when_nothing_is_left_or_known(changes: dict[str, Any]) -> None:
     assert "left" not in progress_line(progress(**changes))
 
@@ -106,7 +108,7 @@ def test_the_columns_stand_under_their_headings() -> None:
         progress_line(progress()),
         progress_line(progress(best_number=None, best_score=None, done=0, pruned=0, failed=0)),
         *data_lines(
-            DataRead("multiclass", 10, {"train": 1251, "val": 313, "test": 498}, (("a.jpg", "truncated"),) * 12)
+            DataRead("multiclass", 10, {"train": 1251, "val": 313, "test": 498}, (("a.jpg", "cut"),) * 12)
         ),
         *plan_lines(
             Planned("s", ("cuda:0", "cuda:1"), (LITE, "keras:MobileNetV2"), ("full",), ("linear",), 29,

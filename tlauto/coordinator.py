@@ -228,11 +228,17 @@ def _progress(loop: _Loop) -> Progress:
         pruned=now["pruned"],
         failed=now["failed"],
         max_trials=session.config.max_trials,
-        seconds=_spent(loop),
+        seconds_a_trial=_seconds_a_trial(loop),
         seconds_left=seconds_left(loop),
         best_number=best.number if best else None,
         best_score=best.score if best else None,
     )
+
+
+def _seconds_a_trial(loop: _Loop) -> float | None:
+    trials = [t for t in loop.session.study.trials() if t.counts and t.attrs.get("purpose") != "probe"]
+    times = [float(t.attrs["seconds"]) for t in trials if "seconds" in t.attrs]
+    return sum(times) / len(times) / len(loop.session.pool.slots) if times else None
 
 
 # --- stopping and tidying ---------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -96,23 +95,20 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the search is."""
+    """How far the search is.
+
+    `seconds_a_trial` is the time between two ends of the trials that are still to come, None while
+    only probes have ended: those are much shorter.
+    """
 
     done: int
     pruned: int
     failed: int
     max_trials: int | None
-    seconds: float
+    seconds_a_trial: float | None
     seconds_left: float | None
     best_number: int | None
     best_score: float | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The search is over; `search` is the `tlauto.api.Search` that the Python API returns."""
-
-    search: Any
 
 
 Emit = Callable[[object], None]

@@ -28,8 +28,15 @@ OPTIM_SPACE: Space = {"name": Choice(OPTIMIZERS, "adamw"), "warmup": Float(0.0, 
 FINETUNE_SPACE: Space = {
     "backbone_lr": Float(0.01, 1.0, default=0.1, log=True),
     "batch_size": Choice((16, 32, 64), 32),
+    "train_mode": Choice((False, True), False),
 }
-"""Parameters `finetune.*` of trials that train the backbone; `backbone_lr` multiplies `lr`."""
+"""Parameters `finetune.*` of trials that train the backbone.
+
+`backbone_lr` multiplies `lr`. `train_mode` runs the learning part of the backbone as in pretraining:
+BatchNorm takes the batch's statistics and moves its running ones, dropout and stochastic depth act.
+Without it BatchNorm keeps the pretrained statistics while its scale and shift learn, which a few
+hundred images and a head that was fitted beforehand (LP-FT) call for.
+"""
 
 AUGMENT_SPACE: Space = {"level": Choice(AUGMENT_LEVELS, "light")}
 """Parameters `augment.*` of trials that train the backbone (frozen trials read cached features)."""

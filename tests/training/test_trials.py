@@ -96,7 +96,7 @@ def test_large_features_are_scaled_by_the_batch_and_give_the_same_rows() -> None
     assert torch.equal(whole.take(rows), mapped.take(rows))
     everything = mapped.take(torch.arange(20))
     assert torch.allclose(everything.mean((0, 2, 3)), torch.zeros(6), atol=1e-6)
-    assert torch.allclose(everything.std((0, 2, 3), correction=0), torch.ones(6), atol=1e-5)
+    assert torch.allclose(everything, norm(features), atol=1e-6)
 
 
 # --- epochs, pruning, patience ----------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_a_frozen_trial_keeps_only_what_follows_the_backbone(spec: TrialSpec, ru
 def test_only_what_the_strategy_lets_learn_is_in_the_checkpoint(
     spec: TrialSpec, run: Run, registry: Registry
 ) -> None:
-    spec = replace(spec, strategy="partial", params={"freeze.partial.k": 1})
+    spec = replace(spec, strategy="partial", params={"freeze.partial.k": 1, "finetune.train_mode": True})
     run(spec)
     backbone = registry.provider("timm").load(spec.backbone, spec.weights)
     kept = {n.removeprefix("backbone.") for n in state_of(spec) if n.startswith("backbone.")}
@@ -175,6 +175,41 @@ def test_only_what_the_strategy_lets_learn_is_in_the_checkpoint(
     moved = {name for name in kept if "running" in name or "batches" in name}
     assert moved, "BatchNorm that learns moves its statistics"
     assert {name.rpartition(".")[0] for name in moved} <= units, "frozen BatchNorm must not move"
+
+
+def test_statistics_stay_as_pretrained_unless_the_trial_asks_for_training_mode(
+    spec: TrialSpec, run: Run
+) -> None:
+    def moved(**params: Any) -> set[str]:
+        run(replace(spec, strategy="full", params=params))
+        return {name for name in state_of(spec) if "running" in name}
+
+    assert not moved()
+    assert moved(**{"finetune.train_mode": True})
+    assert any(name.startswith("backbone.") for name in state_of(spec))
+
+
+def test_fine_tuning_from_a_probe_starts_where_the_probe_ended(
+    spec: TrialSpec, run: Run, tmp_path: Path
+) -> None:
+    probe = replace(spec, epochs=100, folder=str(tmp_path / "probe"))
+    before = run(probe)
+    first: list[EpochResult] = []
+    init = str(tmp_path / "probe" / "checkpoint.safetensors")
+    run(
+        replace(spec, strategy="full", epochs=1, init_head=init, params={"finetune.backbone_lr": 0.01}),
+        lambda result: first.append(result) is None,
+    )
+    assert first[0].val_loss < 2 * before.val_loss + 0.1
+
+
+def test_no_channel_is_enlarged_beyond_the_average_one() -> None:
+    features = torch.randn(200, 4) * torch.tensor([1e-6, 0.5, 1.0, 2.5])
+    scale = Standardise(4)
+    scale.measure(features)
+    out = scale(features).std(dim=0)
+    assert out[0] < 1e-5
+    assert out[3] == pytest.approx(1.0, abs=0.01)
 
 
 class Thaw:

@@ -232,8 +232,8 @@ def progress_line(now: Progress) -> str:
 
 def _left(now: Progress) -> str:
     guesses = []
-    if now.max_trials and now.done:
-        guesses.append(now.seconds / now.done * (now.max_trials - now.done))
+    if now.max_trials and now.seconds_a_trial is not None:
+        guesses.append(now.seconds_a_trial * (now.max_trials - now.done))
     if now.seconds_left is not None:
         guesses.append(now.seconds_left)
     left = min(guesses, default=0.0)

@@ -101,6 +101,8 @@ class Run:
         """Train one epoch (from 1) and return its mean loss; raises Diverged when that is not finite."""
         optimizer = self._follow_plan(epoch - 1)
         self.classifier.train()
+        if not self.trial.settings.train_mode:
+            self.classifier.source.set_training(False)
         batches = [self.stream.take(self.batch_size) for _ in range(self.steps)]
         seed, settings = self.trial.spec.seed, self.trial.settings
         total = torch.zeros((), device=self.trial.device)

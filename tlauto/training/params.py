@@ -21,6 +21,7 @@ class Settings:
         warmup: fraction of all steps.
         batch_size: images a step.
         backbone_lr: multiplier of `lr` for the backbone; 0 when it does not learn.
+        train_mode: whether the backbone runs in training mode while it learns.
         augment: a level of `recipe.AUGMENT_LEVELS`.
     """
 
@@ -32,6 +33,7 @@ class Settings:
     warmup: float
     batch_size: int
     backbone_lr: float
+    train_mode: bool
     augment: str
 
 
@@ -78,7 +80,7 @@ def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) 
         finetune = params.take("finetune", recipe.FINETUNE_SPACE)
         augment = params.take("augment", recipe.AUGMENT_SPACE)
     else:
-        finetune = {"backbone_lr": 0.0, **params.take("probe", recipe.PROBE_SPACE)}
+        finetune = {"backbone_lr": 0.0, "train_mode": False, **params.take("probe", recipe.PROBE_SPACE)}
         augment = {"level": "none"}
     return Settings(
         freeze=params.take(f"freeze.{strategy.name}", strategy.space),
@@ -89,6 +91,7 @@ def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) 
         warmup=_number(optim["warmup"]),
         batch_size=int(_number(finetune["batch_size"])),
         backbone_lr=_number(finetune["backbone_lr"]),
+        train_mode=bool(finetune["train_mode"]),
         augment=str(augment["level"]),
     )
 
