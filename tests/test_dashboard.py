@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from tests_support import TINY, command, environment
 
@@ -47,6 +48,18 @@ def wait_for(log: Path, pattern: str, process: subprocess.Popen[bytes]) -> re.Ma
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     raise AssertionError(f"'{pattern}' never came; it said:\n{log.read_text()}")
+
+
+def wait_until_served(port: int) -> None:
+    """Return once the dashboard answers; it says that it listens a moment before it does."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            get(port, "/api/meta")
+            return
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -110,7 +123,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[...
         wait_for(searching, r"score +accuracy", search)
         with started("dashboard", "--port", "0", cwd=folder, log=serving) as dashboard:
             port = int(wait_for(serving, r"Optuna dashboard on http://127\.0\.0\.1:(\d+) ", dashboard)[1])
-            wait_for(serving, r"Listening on", dashboard)
+            wait_until_served(port)
             watched = Watched(folder, port, dashboard.pid, exit_code=-1)
             done = threading.Event()
             threads = [threading.Thread(target=read_on, args=(watched, done)) for _ in range(READERS)]
@@ -182,3 +195,18 @@ def test_the_page_shows_the_study_in_a_real_browser(watched: Watched, tmp_path: 
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert "patches" in shown.stdout
+
+
+def test_a_study_deleted_in_the_dashboard_ends_its_search_in_one_sentence(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches", per_class=6)
+    log = tmp_path / "search.log"
+    with started("search", "--data", "patches", *TINY, "--trials", "9", cwd=tmp_path, log=log) as search:
+        wait_for(log, r"score +accuracy", search)
+        # What the page's button does.
+        optuna.delete_study(study_name="patches", storage=f"sqlite:///{tmp_path}/tlauto-runs/tlauto.db")
+        assert search.wait(timeout=120) == 1
+    assert "Traceback" not in log.read_text()
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("error: the trials of study 'patches' are gone") and "--new" in last

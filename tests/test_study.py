@@ -108,5 +108,5 @@ def test_a_study_that_is_not_ours_is_refused(url: str) -> None:
     optuna.create_study(storage=url, study_name="foreign", direction="minimize")
     with pytest.raises(StoreError, match="was not made by this version"):
         Study(url, "foreign", seed=0, create=True)
-    with pytest.raises(StoreError, match="no study 'absent'"):
+    with pytest.raises(StoreError, match="the trials of study 'absent' are gone"):
         Study(url, "absent", seed=0, create=False)

@@ -60,7 +60,7 @@ def run(config: SearchConfig, *, emit: Emit = ignore) -> tuple[Session, bool]:
     session = open_session(config, emit=emit)
     interrupted = threading.Event()
     state = "interrupted"
-    with _signals(interrupted):
+    with _signals(interrupted), session.study.explaining():
         try:
             loop = _Loop(session, emit, interrupted)
             row = session.store.search(session.name)

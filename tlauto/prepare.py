@@ -72,7 +72,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         metric, why = _metric(config, dataset)
         heads = _heads_for(dataset.task, heads, config)
         _space(config, strategies, heads, {}, dataset.task)  # refuses a wrong --set before any worker starts
-        check_name(store.url, name)
+        check_name(store.url, name, create=not stored)
         pool = _make_pool(config, slots, out / name)
         undo.callback(pool.close)
         ids = tuple(stored["plan"]["backbones"]) if stored else config.backbones

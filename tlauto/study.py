@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import sqlite3
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,30 +41,23 @@ class TrialRecord:
         return self.state in ("complete", "pruned", "failed") and self.attrs.get("error_kind") != INTERRUPTED
 
 
-def check_name(url: str, name: str) -> None:
-    """Raise StoreError when the database has a study of that name that tlauto did not make."""
-    for summary in optuna.get_all_study_summaries(_storage(url)):
-        if summary.study_name == name and summary.user_attrs.get("tlauto_format") != FORMAT:
-            raise StoreError(
-                f"the study '{name}' in this database was not made by this version of tlauto; choose another "
-                f"name with --study NAME"
-            )
+def check_name(url: str, name: str, *, create: bool) -> None:
+    """Raise StoreError when the study of that name is not ours, or is gone while `create` is False."""
+    _exists(_storage(url), name, create=create)
 
 
 class Study:
     """One Optuna study of ours in a database.
 
-    Raises: StoreError when a study of that name exists that tlauto did not make.
+    Raises: StoreError when a study of that name exists that tlauto did not make, or when it does not
+    exist and `create` is False.
     """
 
     def __init__(self, url: str, name: str, *, seed: int, create: bool) -> None:
         self.name = name
         self.seed = seed
         self._storage = _storage(url)
-        check_name(url, name)
-        existing = {study.study_name for study in optuna.get_all_study_summaries(self._storage)}
-        if name not in existing and not create:
-            raise StoreError(f"the database has no study '{name}' ('tlauto show' lists what it has)")
+        exists = _exists(self._storage, name, create=create)
         # From the second epoch, the worse half; only trials that reported that epoch are compared.
         pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=3, n_warmup_steps=2, n_min_trials=2)
         with warnings.catch_warnings():
@@ -76,7 +70,7 @@ class Study:
                 load_if_exists=True,
             )
         self._running: dict[int, optuna.Trial] = {}
-        if name not in existing:
+        if not exists:
             self._study.set_user_attr("tlauto_format", FORMAT)
 
     def set_metric(self, metric: str) -> None:
@@ -84,6 +78,19 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names([metric])
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Turn what Optuna's storage raises within the block into a StoreError."""
+        try:
+            yield
+        except (KeyError, optuna.exceptions.StorageInternalError) as error:
+            # A record that is not there any more is a KeyError; so is a mistake of ours.
+            _exists(self._storage, self.name, create=False)
+            if isinstance(error, KeyError):
+                raise
+            cause = str(error.__cause__ or error).splitlines()[0]
+            raise StoreError(f"cannot write to the database: {cause}; the same command goes on") from error
 
     # --- proposing --------------------------------------------------------------------------------
 
@@ -219,6 +226,22 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     except RuntimeError as error:
         cause = str(error).splitlines()[0]
         raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
+
+
+def _exists(storage: optuna.storages.RDBStorage, name: str, *, create: bool) -> bool:
+    """Whether our study of that name exists; raises StoreError when it is another's or must exist."""
+    found = [s for s in optuna.get_all_study_summaries(storage) if s.study_name == name]
+    if found and found[0].user_attrs.get("tlauto_format") != FORMAT:
+        raise StoreError(
+            f"the study '{name}' in this database was not made by this version of tlauto; choose another "
+            f"name with --study NAME"
+        )
+    if not found and not create:
+        raise StoreError(
+            f"the trials of study '{name}' are gone from the database (deleted or renamed in the "
+            f"dashboard?); start another study with --new"
+        )
+    return bool(found)
 
 
 def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:
