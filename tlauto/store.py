@@ -150,7 +150,9 @@ class Store:
         self, study: str, *, config: str, dataset: str, fingerprint: str, root: str, report: str,
         plan: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """Record a new search with its dataset and split."""
+        """Record a new search with its dataset and split; raises StoreError when the name is taken."""
+        if self.search(study):
+            raise StoreError(f"another search has just made the study '{study}'; run the command again")
         with self._writing() as connection:
             row = _datasets.insert().values(
                 fingerprint=fingerprint, root=root, content=dataset, report=report
