@@ -39,8 +39,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A file's tests share fixtures and stay in one process; one arithmetic thread each, since the cores are taken.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # A study that exists goes on: the second 'make demo' only shows what the first one found. '--split test' of
 # data without a test part measures on the images that the model was not fitted on.
