@@ -28,7 +28,7 @@ def _loss(name: str, targets: np.ndarray, outputs: int, **params: object) -> flo
     return loss(logits.reshape(-1, outputs), torch.from_numpy(targets)).item()
 
 
-@pytest.mark.parametrize("each", TASKS.values(), ids=str)
+@pytest.mark.parametrize("each", TASKS.values(), ids=list(TASKS))
 def test_every_task_fulfils_the_contract(each: Task) -> None:
     assert isinstance(each, Task)
     assert TASKS[each.name] is each
