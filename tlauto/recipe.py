@@ -27,7 +27,7 @@ OPTIM_SPACE: Space = {"name": Choice(OPTIMIZERS, "adamw"), "warmup": Float(0.0, 
 
 FINETUNE_SPACE: Space = {
     "backbone_lr": Float(0.01, 1.0, default=0.1, log=True),
-    "batch_size": Choice((16, 32, 64), 32),
+    "batch_size": Choice((8, 16, 32), 16),
     "train_mode": Choice((False, True), False),
 }
 """Parameters `finetune.*` of trials that train the backbone.

@@ -6,6 +6,9 @@ lines of JSON; what libraries print goes to its log (standard error).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import queue
 import sys
@@ -43,6 +46,7 @@ def serve(receive: Receive, send: Send, device: str) -> None:
     while not isinstance(job := receive(), Stop):
         try:
             _do(job, receive, send, device)
+            _give_back_memory()
         except TlautoError as error:
             send(JobFailed(str(error), traceback.format_exc()))
         except Exception as error:  # noqa: BLE001 whatever a plugin or library raises is this job's failure
@@ -82,6 +86,17 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> No
         send(TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc()))
     else:
         send(done)
+
+
+def _give_back_memory() -> None:
+    """Return what the job freed to the system.
+
+    Workers keep freed blocks while a job runs, which is what makes it fast (`devices.GLIBC_TUNABLES`);
+    without this the next job's blocks come on top: 8.9 GB after 16 trials that need 2 to 5 GB each.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _datasets: dict[str, tuple[float, Dataset]] = {}

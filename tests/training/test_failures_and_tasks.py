@@ -76,7 +76,7 @@ def test_every_optimizer_trains(optimizer: str, spec: TrialSpec, run: Run) -> No
 
 def test_training_images_fewer_than_a_batch_are_enough(spec: TrialSpec, run: Run, dataset: Dataset) -> None:
     few = replace(dataset, items=tuple(i for i in dataset.items if i.split != "train" or "000" in i.path))
-    done = run(replace(spec, strategy="full", params={"finetune.batch_size": 64}), dataset=few)
+    done = run(replace(spec, strategy="full", params={"finetune.batch_size": 32}), dataset=few)
     assert done.epochs == 3
 
 

@@ -34,7 +34,7 @@ def test_missing_parameters_take_the_defaults_of_their_spaces() -> None:
     read_default = settings()
     assert read_default.optimizer == "adamw"
     assert read_default.optim == {"lr": 1e-3, "weight_decay": 1e-2}
-    assert (read_default.batch_size, read_default.backbone_lr, read_default.augment) == (32, 0.1, "light")
+    assert (read_default.batch_size, read_default.backbone_lr, read_default.augment) == (16, 0.1, "light")
     assert read_default.loss == {"label_smoothing": 0.0, "class_weights": "none"}
 
 
