@@ -221,7 +221,7 @@ def test_killed_coordinator_loses_no_trial_and_leaves_no_worker(
 def test_interrupting_keeps_everything_and_leaves_the_best_model(
     searching: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    wait_for(searching, "    1  ")
+    wait_for(searching, "    1 ")
     workers = children(searching.pid)
     started = time.monotonic()
     searching.send_signal(number)
