@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -81,3 +83,9 @@ SPOILED: dict[str, Callable[[Path], object]] = {
     "noise": lambda file: file.write_bytes(os.urandom(500)),
 }
 """Ways to make an image file unreadable; the suffix may change."""
+
+
+def leaderboard(folder: Path, *study: str) -> list[dict[str, Any]]:
+    """The trials of a study in the workspace below `folder`, as `leaderboard --json` prints them."""
+    rows: list[dict[str, Any]] = json.loads(run("leaderboard", *study, "--json", cwd=folder).stdout)
+    return rows

@@ -43,13 +43,13 @@ def test_every_parameter_of_a_trial_reaches_its_settings() -> None:
         freeze__partial__k=3, freeze__partial__layer_decay=0.5, head__linear__dropout=0.25, optim__name="sgd",
         optim__warmup=0.2, optim__sgd__lr=0.05, optim__sgd__weight_decay=0.001, optim__sgd__momentum=0.85,
         loss__label_smoothing=0.1, loss__class_weights="balanced", finetune__backbone_lr=0.3,
-        finetune__batch_size=16, augment__level="strong",
+        finetune__batch_size=32, finetune__train_mode=True, augment__level="strong",
     )  # fmt: skip
     assert given == Settings(
         freeze={"k": 3, "layer_decay": 0.5}, head={"dropout": 0.25},
         loss={"label_smoothing": 0.1, "class_weights": "balanced"}, optimizer="sgd",
-        optim={"lr": 0.05, "weight_decay": 0.001, "momentum": 0.85}, warmup=0.2, batch_size=16,
-        backbone_lr=0.3, augment="strong",
+        optim={"lr": 0.05, "weight_decay": 0.001, "momentum": 0.85}, warmup=0.2, batch_size=32,
+        backbone_lr=0.3, train_mode=True, augment="strong",
     )  # fmt: skip
 
 

@@ -1,0 +1,106 @@
+"""Searches that are stopped or killed: nothing is lost, nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests_support import TINY, children, command, environment, leaderboard, run
+
+
+@pytest.fixture
+def searching(tmp_path: Path, make_patches: Callable[..., Path]) -> Iterator[subprocess.Popen[str]]:
+    """A search in the middle of its trials."""
+    make_patches(tmp_path / "patches")
+    args = ("search", "--data", "patches", *TINY, "--trials", "12")
+    with subprocess.Popen(
+        command(*args), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"'{text}' never came; it said:\n{''.join(lines)}")
+
+
+def gone(pids: list[int], *, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+linux_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /proc to find the workers"
+)
+
+
+@linux_only
+def test_killed_worker_fails_only_its_trial(searching: subprocess.Popen[str], tmp_path: Path) -> None:
+    wait_for(searching, "best ")
+    (worker,) = children(searching.pid)
+    os.kill(worker, signal.SIGKILL)
+    searching.communicate(timeout=300)
+    assert searching.returncode == 0
+    rows = leaderboard(tmp_path)
+    failed = [row for row in rows if row["state"] == "failed"]
+    assert len(rows) == 12
+    assert len(failed) <= 1  # none if it was writing the bundle of the best trial
+    assert all("signal 9" in row["error"] for row in failed)
+
+
+@linux_only
+def test_killed_coordinator_loses_no_trial_and_leaves_no_worker(
+    searching: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    wait_for(searching, "best ")
+    workers = children(searching.pid)
+    assert workers
+    searching.kill()
+    searching.wait()
+    assert gone(workers, within_s=10)
+    before = {r["number"]: r["score"] for r in leaderboard(tmp_path) if r["state"] == "complete"}
+    assert before
+    done = run("search", "--data", "patches", *TINY, "--trials", "12", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {row["number"]: row for row in leaderboard(tmp_path)}
+    assert all(rows[number]["score"] == score for number, score in before.items())
+    cut_off = [r for r in rows.values() if (r["error"] or "").startswith("interrupted")]
+    assert len(rows) - len(cut_off) == 12
+
+
+@linux_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_keeps_everything_and_leaves_the_best_model(
+    searching: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    wait_for(searching, "    1 ")
+    workers = children(searching.pid)
+    started = time.monotonic()
+    searching.send_signal(number)
+    searching.communicate(timeout=60)
+    assert time.monotonic() - started < 30  # seconds when idle; the bound only catches a hang
+    assert searching.returncode == 130
+    assert gone(workers, within_s=5)
+    shown = json.loads(run("show", "--json", cwd=tmp_path).stdout)
+    assert shown["best"] is not None
+    assert shown["test"] is None
+    photo = next((tmp_path / "patches" / "red").iterdir())
+    assert run("predict", shown["model"], str(photo), cwd=tmp_path).returncode == 0
