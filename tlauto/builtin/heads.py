@@ -108,7 +108,9 @@ def _cosine(width: int, num_outputs: int, scale: float) -> nn.Module:
             super().__init__()
             self.weight = nn.Parameter(torch.empty(num_outputs, width))
             self.scale = nn.Parameter(torch.tensor(scale))
-            nn.init.normal_(self.weight)
+            # Only the direction counts, and a long weight turns slowly: with unit entries, ants and
+            # bees stayed at 0.35 after 300 steps at 3e-4.
+            nn.init.normal_(self.weight, std=0.01)
 
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             """Logits (N, num_outputs) of features (N, D), each in [-scale, scale]."""
