@@ -33,7 +33,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if text in line:
+        if line.startswith(text):
             return
     raise AssertionError(f"'{text}' never came; it said:\n{''.join(lines)}")
 
