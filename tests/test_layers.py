@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset({"errors", "space", "contracts"})
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
+    | {"locks"}
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS

@@ -114,8 +114,8 @@ def test_an_unreadable_image_is_named_and_leaves_no_cache_behind(dataset: Datase
     assert not list(tmp_path.glob("cache/pixels/*.part"))
 
 
-def count_up(calls: list[int]) -> Callable[[], Iterable[np.ndarray]]:
-    def rows() -> Iterable[np.ndarray]:
+def count_up(calls: list[int]) -> Callable[[int], Iterable[np.ndarray]]:
+    def rows(first: int) -> Iterable[np.ndarray]:
         calls.append(1)
         yield np.arange(4).reshape(2, 2)
         yield np.arange(4, 6).reshape(1, 2)
@@ -155,7 +155,7 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None
 def test_two_workers_that_want_one_array_compute_it_once(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def rows() -> Iterable[np.ndarray]:
+    def rows(first: int) -> Iterable[np.ndarray]:
         calls.append(1)
         for i in range(20):
             time.sleep(0.005)

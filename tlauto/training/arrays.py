@@ -1,76 +1,140 @@
-"""Arrays computed once and kept on disk, safe when several workers want the same one."""
+"""Arrays computed once and kept on disk, safe when several workers want the same one.
+
+An array is `<key>.npy` with a sidecar `<key>.json` that holds its checksum. `<key>.lock` is locked by
+the process that computes it; the `.npy` itself is locked, shared, by all that use it, so that
+`tlauto.caches` deletes neither.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import json
+import mmap
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
-from tlauto.errors import ConfigError
+from tlauto.errors import ConfigError, TlautoError
+from tlauto.locks import is_at, locked, share
+from tlauto.training.parts import Part, Wanted, checksum_text, crc
+
+Rows = Callable[[int], Iterable[np.ndarray]]
+
+# Files whose checksum this process has compared: device, inode, size and time of change.
+_verified: set[tuple[int, int, int, int]] = set()
 
 
 def cached_array(
-    path: Path, shape: tuple[int, ...], dtype: type[np.generic], rows: Callable[[], Iterable[np.ndarray]]
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    rows: Rows,
+    *,
+    about: Mapping[str, object] | None = None,
 ) -> np.ndarray:
     """The `.npy` array at `path` as a copy-on-write memory map, computed on first use.
 
     Args:
-        rows: yields blocks (n, *shape[1:]) that together make up the array, in order.
+        path: `<cache>/<kind>/<key>.npy`, where the key of 32 hexadecimal digits says what is in it.
+        rows: called with the first row to compute, yields blocks (n, *shape[1:]) that together make
+            up the rest of the array, in order. The first row is not 0 when a process that computed
+            the array died: its complete blocks are kept.
+        about: what `tlauto cache list` shows of it, such as `backbone`.
 
-    A file that is incomplete or of another shape is computed again. Of two workers that want the
-    same array, one computes and the other waits. Raises: ConfigError when it cannot be written.
+    A file of another shape or with another checksum (compared once in each process) is computed
+    again. Of two workers that want the same array, one computes and the other waits. The array is
+    not evicted while it is mapped. Raises: ConfigError when it cannot be written.
     """
-    try:
+    wanted = Wanted(path, shape, np.dtype(dtype), about or {})
+    with _writing(path.parent):
+        array = _mapped(wanted)
+        if array is not None:
+            return array
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(path.with_suffix(".lock")):
-            if _open(path, shape, dtype) is None:
-                _write(path, shape, dtype, rows())
-    except OSError as error:
-        raise ConfigError(f"cannot write the cache {path.parent}: {error.strerror or error}") from error
-    array = _open(path, shape, dtype)
+    with contextlib.ExitStack() as stack:
+        with _writing(path.parent):
+            is_locked = stack.enter_context(locked(path.with_suffix(".lock")))
+            array = _mapped(wanted)  # somebody else computed it while we waited
+        if array is None:
+            _compute(wanted, rows, name="" if is_locked else f".{os.getpid()}")
+            with _writing(path.parent):
+                array = _mapped(wanted)
     if array is None:
         raise ConfigError(f"the cache file {path} was changed by another program; start again")
-    os.utime(path)  # the cache evicts what was used longest ago
     return array
 
 
-def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray | None:
+def _compute(wanted: Wanted, rows: Rows, *, name: str) -> None:
+    folder = wanted.path.parent
+    with _writing(folder):
+        wanted.path.unlink(missing_ok=True)  # damaged
+        part = Part(wanted, name=name)
     try:
-        # "c": writable in memory only, so torch.from_numpy takes it without copying or warning.
-        array: np.ndarray = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):  # missing, foreign or truncated
-        return None
-    is_complete = path.stat().st_size >= array.nbytes
-    return array if is_complete and array.shape == shape and array.dtype == dtype else None
-
-
-def _write(path: Path, shape: tuple[int, ...], dtype: type[np.generic], rows: Iterable[np.ndarray]) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    try:
-        # Written as a stream, not through a memory map: a full disk is then an error, not a crash.
-        with os.fdopen(descriptor, "wb") as file:
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            count = 0
-            for block in rows:
-                file.write(np.ascontiguousarray(block, dtype=dtype).data)
-                count += len(block)
-        if count != shape[0]:
-            raise ValueError(f"{count} rows were computed for an array of {shape[0]}")
-        os.replace(temporary, path)
+        if part.rows < wanted.shape[0]:
+            for block in rows(part.rows):
+                with _writing(folder):
+                    part.append(block)
+        with _writing(folder):
+            part.finish()
+    except (TlautoError, ValueError):
+        # An unreadable image or a full disk: nothing that the next process could go on with.
+        part.discard()
+        raise
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        part.close()
+
+
+def _mapped(wanted: Wanted) -> np.ndarray | None:
+    """The array if its file is there, complete and undamaged."""
+    try:
+        with wanted.path.open("rb") as file:
+            share(file)
+            if not is_at(file, wanted.path) or not _is_sound(file, wanted):
+                return None
+            # A copy in memory on writing, so torch.from_numpy takes it without copying or warning.
+            # The map keeps a duplicate of the descriptor, and so the shared lock, as long as it lives.
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with contextlib.suppress(OSError):  # a cache that may only be read
+        os.utime(wanted.path.with_suffix(".json"))  # what was used longest ago is evicted first
+    return np.ndarray(wanted.shape, wanted.dtype, buffer=mapping, offset=len(wanted.header))
+
+
+def _is_sound(file: IO[bytes], wanted: Wanted) -> bool:
+    status = os.fstat(file.fileno())
+    header = file.read(len(wanted.header))
+    if status.st_size != wanted.bytes or header != wanted.header:
+        return False
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if identity in _verified:
+        return True
+    file.seek(0)
+    checksum = crc(file, wanted.bytes)
+    if checksum is None or _facts(wanted).get("checksum") != checksum_text(checksum):
+        return False
+    _verified.add(identity)
+    return True
+
+
+def _facts(wanted: Wanted) -> Mapping[str, Any]:
+    """What the sidecar says; empty when it is missing or not of this array."""
+    try:
+        facts = json.loads(wanted.path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) and wanted.is_described(facts) else {}
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Hold a lock file; where the file system has no locks, both workers compute, harmlessly."""
-    with lock.open("ab") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _writing(folder: Path) -> Iterator[None]:
+    try:
         yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the cache {folder}: {error.strerror or error}; make room ('tlauto cache clear') "
+            "or set TLAUTO_CACHE to another folder"
+        ) from error

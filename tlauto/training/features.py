@@ -85,14 +85,15 @@ class FeatureSource:
         key = contents([items[i] for i in indices], weights=facts.weights, **geometry(facts.input), **about)
         width = (facts.shape.pooled,) if kind == "pooled" else facts.shape.unpooled
 
-        def blocks() -> Iterator[np.ndarray]:
+        def blocks(first: int) -> Iterator[np.ndarray]:
             pixels = self.pixels(splits)
             with torch.inference_mode():
-                for images in centre_batches(pixels, self.device, indices):
+                for images in centre_batches(pixels, self.device, indices[first:]):
                     yield features_of(self.backbone, images, kind).float().cpu().numpy()
 
         path = Path(self.spec.cache, "features", f"{key}.npy")
-        return torch.from_numpy(cached_array(path, (len(indices), *width), np.float32, blocks))
+        shape, shown = (len(indices), *width), {"backbone": self.spec.backbone}
+        return torch.from_numpy(cached_array(path, shape, np.float32, blocks, about=shown))
 
 
 def sample_indices(count: int) -> list[int]:

@@ -102,9 +102,9 @@ def geometry(image_input: ImageInput) -> dict[str, object]:
 def _part(dataset: Dataset, items: Sequence[Item], image_input: ImageInput, cache: str) -> np.ndarray:
     edge = window_edge(image_input)
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks(first: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for start in range(0, len(items), BLOCK):
+            for start in range(first, len(items), BLOCK):
                 files = [dataset.file(item) for item in items[start : start + BLOCK]]
                 yield np.stack(list(threads.map(lambda file: decode(file, image_input), files)))
 
