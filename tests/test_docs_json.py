@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "backbones": ("backbones", "efficientnet-lite:*"),
     "rerun": ("rerun", "patches", "0"),
     "weights list": ("weights", "list", "--offline"),
+    "cache list": ("cache", "list"),
     "weights verify": ("weights", "verify", "efficientnet-lite:lite0"),
 }
 
@@ -132,6 +133,7 @@ def test_inner_fields_are_named_in_the_text(answers: dict[str, Any]) -> None:
         "doctor": [answers["doctor"]["sides"], answers["doctor"]["split"]],
         "backbones": [row["weights"] for row in answers["backbones"]],
         "weights list": answers["weights list"]["weights"],
+        "cache list": answers["cache list"]["entries"],
     }
     for command, values in inner.items():
         for name in {name for value in values for name in value}:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset({"errors", "space", "contracts"})
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
-    | {"locks"}
+    | {"locks", "caches"}
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS

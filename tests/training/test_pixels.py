@@ -126,14 +126,14 @@ def count_up(calls: list[int]) -> Callable[[int], Iterable[np.ndarray]]:
 def test_a_cached_array_is_computed_once(tmp_path: Path) -> None:
     calls: list[int] = []
     for _ in range(3):
-        array = cached_array(tmp_path / "a.npy", (3, 2), np.float32, count_up(calls))
+        array = cached_array(tmp_path / "pixels" / "a.npy", (3, 2), np.float32, count_up(calls))
         assert array.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no array", "other shape", "other type"])
 def test_a_damaged_cache_file_is_computed_again(tmp_path: Path, damage: str) -> None:
-    path, calls = tmp_path / "a.npy", list[int]()
+    path, calls = tmp_path / "pixels" / "a.npy", list[int]()
     cached_array(path, (3, 2), np.float32, count_up(calls))
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-5])
@@ -164,7 +164,8 @@ def test_two_workers_that_want_one_array_compute_it_once(tmp_path: Path) -> None
     # Locks are held by open files, so two threads exclude each other as two processes do.
     with ThreadPoolExecutor(2) as threads:
         wanted = [
-            threads.submit(cached_array, tmp_path / "a.npy", (200, 10), np.float32, rows) for _ in range(2)
+            threads.submit(cached_array, tmp_path / "pixels" / "a.npy", (200, 10), np.float32, rows)
+            for _ in range(2)
         ]
         assert [float(array.result()[-1, -1]) for array in wanted] == [19, 19]
     assert len(calls) == 1

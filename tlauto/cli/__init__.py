@@ -23,6 +23,7 @@ COMMANDS = {
     "plugins": ("plugins", "List plugins, what they offer, and which are broken."),
     "backbones": ("backbones", "List backbones and whether their weights are at hand."),
     "weights": ("weights", "List, fetch or verify pretrained weights."),
+    "cache": ("cache", "List or clear decoded images and cached features."),
     "demo-data": ("demo_data", "Write a small dataset of real images to try things on."),
 }
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from tlauto.caches import cache_limit, make_room
 from tlauto.errors import ConfigError, TlautoError
 from tlauto.locks import is_at, locked, share
 from tlauto.training.parts import Part, Wanted, checksum_text, crc
@@ -45,8 +46,9 @@ def cached_array(
         about: what `tlauto cache list` shows of it, such as `backbone`.
 
     A file of another shape or with another checksum (compared once in each process) is computed
-    again. Of two workers that want the same array, one computes and the other waits. The array is
-    not evicted while it is mapped. Raises: ConfigError when it cannot be written.
+    again. Of two workers that want the same array, one computes and the other waits. Arrays that
+    were used longest ago are deleted when the cache would outgrow `TLAUTO_CACHE_SIZE`, but none
+    while it is mapped. Raises: ConfigError when it cannot be written.
     """
     wanted = Wanted(path, shape, np.dtype(dtype), about or {})
     with _writing(path.parent):
@@ -68,7 +70,7 @@ def cached_array(
 
 
 def _compute(wanted: Wanted, rows: Rows, *, name: str) -> None:
-    folder = wanted.path.parent
+    folder, limit, has_room = wanted.path.parent, cache_limit(), False
     with _writing(folder):
         wanted.path.unlink(missing_ok=True)  # damaged
         part = Part(wanted, name=name)
@@ -76,6 +78,10 @@ def _compute(wanted: Wanted, rows: Rows, *, name: str) -> None:
         if part.rows < wanted.shape[0]:
             for block in rows(part.rows):
                 with _writing(folder):
+                    # Only now: what the first block was computed from is in use, and so stays.
+                    if not has_room:
+                        make_room(wanted.path, wanted.bytes, limit)
+                        has_room = True
                     part.append(block)
         with _writing(folder):
             part.finish()
