@@ -24,6 +24,14 @@ array = cached_array(Path(sys.argv[1]), (100, 250), np.float32, None)
 print("mapped", flush=True)
 sys.stdin.readline()
 """
+# Root may read everything, so the command runs as nobody, who in turn may not even import.
+AS_NOBODY = """
+import os, sys
+import tlauto.cli, tlauto.cli.cache, tlauto.caches, tlauto.config, tlauto.devices
+if os.geteuid() == 0:
+    os.setuid(65534)
+tlauto.cli.main(sys.argv[1:])
+"""
 LONG = "timm:vit_small_patch14_reg4_dinov2.lvd142m_and_a_very_long_name_of_a_provider"
 
 
@@ -108,14 +116,19 @@ def test_a_cache_that_is_no_folder_is_one_sentence(tmp_path: Path, words: tuple[
     assert "Not a directory" in refused("cache", *words, cwd=tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("word", ["list", "clear"])
 def test_a_cache_that_may_not_be_read_is_one_sentence(folder: Path, word: str) -> None:
     (folder / "cache" / "features").chmod(0)
+    words = [sys.executable, "-c", AS_NOBODY, "cache", word]
+    env = {**os.environ, "TLAUTO_CACHE": str(folder / "cache")}
     try:
-        assert "Permission denied" in refused("cache", word, cwd=folder)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
     finally:
         (folder / "cache" / "features").chmod(0o755)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: cannot {'read' if word == 'list' else 'clear'} the cache {folder}")
+    assert "Permission denied" in done.stderr
 
 
 def test_a_wrong_limit_is_one_sentence(tmp_path: Path) -> None:

@@ -175,9 +175,9 @@ def _explained(verb: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = f"{error.strerror or error}: '{error.filename}'" if error.filename else str(error)
         raise ConfigError(
-            f"cannot {verb} the cache {folder}: {reason}; check TLAUTO_CACHE and its permissions"
+            f"cannot {verb} the cache {folder} ({reason}); check TLAUTO_CACHE and its permissions"
         ) from error
 
 
