@@ -14,10 +14,9 @@ Measured on hymenoptera (ants and bees, 244 images to learn from, 153 to test on
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-import tlauto
+from recipe import run
 
 BACKBONE = "torchvision:resnet50"
 RECIPE: dict[str, Any] = {
@@ -33,30 +32,5 @@ RECIPE: dict[str, Any] = {
     },
 }
 
-
-def main() -> None:
-    """Run the recipe once on a folder of images and print its test metrics."""
-    parser = argparse.ArgumentParser(description="ResNet-50 with its last layers fine-tuned.")
-    parser.add_argument("data", help="folder of class folders, with or without train/ and test/")
-    parser.add_argument("--backbone", default=BACKBONE, help=f"default: {BACKBONE}")
-    parser.add_argument("--out", default="./tlauto-runs", help="workspace folder")
-    arguments = parser.parse_args()
-    search = tlauto.search(
-        arguments.data,
-        study="resnet50-last-layers",
-        new=True,
-        out=arguments.out,
-        backbones=[arguments.backbone],
-        trials=1,
-        **RECIPE,
-    )
-    for name, found in (search.test or {}).items():
-        print(f"{name:>18}  {found['value']:.3f}  (95 %: {found['low']:.3f} to {found['high']:.3f})")
-    print(f"{'model':>18}  {search.model}")
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except tlauto.TlautoError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(__doc__, RECIPE, BACKBONE, study="resnet50-last-layers")

@@ -18,7 +18,8 @@ from tlauto.contracts import WeightsOptions
 from tlauto.plugins import registry
 from tlauto.searchspace import SearchSpace
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(file for file in FOLDER.glob("*.py") if file.stem != "recipe")
 TINY = "MobileNet-0.25-128"
 
 
@@ -26,7 +27,11 @@ def load(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(FOLDER))  # As when Python runs the script.
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
     return module
 
 
@@ -76,7 +81,24 @@ def test_a_recipe_runs_on_a_folder_of_images(patches: Callable[..., Path], tmp_p
     script = next(file for file in EXAMPLES if file.stem == "keras_resnet50_binary")
     command = [sys.executable, str(script), str(patches(classes=2)), "--backbone", f"keras:{TINY}"]
     printed = subprocess.check_output(
-        [*command, "--out", str(tmp_path / "runs")], text=True, env=environment, timeout=300
+        [*command, "--out", str(tmp_path / "runs")], text=True, env=environment, cwd=tmp_path, timeout=300
     )
     assert re.search(r"^ +accuracy  \d\.\d{3}  \(95 %: ", printed, re.MULTILINE)
     assert (tmp_path / "runs" / "keras-resnet50-binary" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
+def test_a_recipe_says_its_first_line_and_its_own_backbone_when_asked_for_help(file: Path) -> None:
+    environment, module = {**os.environ, "COLUMNS": "200"}, load(file)
+    printed = subprocess.check_output(
+        [sys.executable, str(file), "--help"], text=True, env=environment, timeout=60
+    )
+    assert (module.__doc__ or "").partition("\n")[0] in printed.splitlines()
+    assert f"default: {module.BACKBONE}" in printed
+
+
+def test_a_recipe_says_in_one_line_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES[0]), "missing", "--out", "runs"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: no dataset at '.*missing'.*\n", ended.stderr)
