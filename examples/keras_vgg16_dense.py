@@ -9,7 +9,8 @@ convolutions are frozen, so they run over each image once.
 folder that holds them.
 
 Measured on hymenoptera (ants and bees, 244 images to learn from, 153 to test on), with
-`--backbone keras:MobileNetV2`: accuracy 0.935 (95 %: 0.884 to 0.964).
+`--backbone keras:MobileNetV2`: accuracy 0.935 (95 %: 0.884 to 0.964). The learning rate was chosen on that
+network by validation score (49 images) among 0.0001, 0.0003, 0.001 and 0.003: 0.918, 0.918, 0.939 and 0.980.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RECIPE: dict[str, Any] = {
         "head.mlp.layers": 1,
         "head.mlp.dropout": 0.0,
         "optim.name": "adam",
-        "optim.adam.lr": 1e-3,
+        "optim.adam.lr": 3e-3,
     },
 }
 

@@ -8,7 +8,9 @@ Every layer learns at the same rate under a new linear layer; small batches, fli
 folder that holds them.
 
 Measured on hymenoptera (ants and bees, 244 images to learn from, 153 to test on), with
-`--backbone torchvision:mobilenet_v2`: accuracy 0.922 (95 %: 0.868 to 0.955).
+`--backbone torchvision:mobilenet_v2`: accuracy 0.908 (95 %: 0.852 to 0.945). The learning rate was chosen
+on that network by validation score among 0.001, 0.003, 0.01 and 0.03: the first three tied at 0.959 of 49
+images, and 0.003 had the lowest validation loss.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ RECIPE: dict[str, Any] = {
         "finetune.train_mode": True,
         "augment.level": "light",
         "optim.name": "sgd",
-        "optim.sgd.lr": 1e-2,
+        "optim.sgd.lr": 3e-3,
         "optim.sgd.momentum": 0.9,
     },
 }
