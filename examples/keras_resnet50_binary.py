@@ -22,7 +22,7 @@ BACKBONE = "keras:ResNet50"
 RECIPE: dict[str, Any] = {
     "strategies": ["feature_extraction"],
     "heads": ["linear"],
-    "params": {"optim.name": "adam", "optim.adam.lr": 1e-3},
+    "params": {"probe.solver": "minibatch", "optim.name": "adam", "optim.adam.lr": 1e-3},
 }
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tlauto.schedule import (
     Plan,
     best_trial,
     counts,
+    estimate,
     refit_spec,
     trial_seed,
 )
@@ -110,7 +111,7 @@ def test_the_default_recipe_fine_tunes_as_much_as_it_may_of_the_best_known_backb
 
 
 def test_fixed_parameters_hold_in_the_first_points(make_plan: MakePlan) -> None:
-    for point, _ in make_plan(fixed={"optim.name": "sgd"}).first_points(None):
+    for point, _ in make_plan(fixed={"optim.name": "sgd", "probe.solver": "minibatch"}).first_points(None):
         assert point["optim.name"] == "sgd"
         assert "optim.adamw.lr" not in point
 
@@ -323,3 +324,31 @@ def test_interrupted_trials_are_not_counted() -> None:
         trial(3, state="failed", error_kind=INTERRUPTED), trial(4, state="running"),
     ]  # fmt: skip
     assert counts(trials) == {"complete": 1, "pruned": 1, "failed": 1, "total": 3}
+
+
+# --- what trials are ranked by ----------------------------------------------------------------------
+
+
+def ended(score: float, held_out: float | None = None) -> TrialDone:
+    return TrialDone(9, score, {}, 0.1, 1, 1, 1.0, "checkpoint.safetensors", held_out=held_out)
+
+
+def test_a_cross_validated_trial_is_ranked_by_all_images() -> None:
+    assert estimate(ended(1.0, held_out=0.93), "timm:a", "accuracy", []) == 0.93
+
+
+def test_any_other_is_measured_against_the_best_cross_validated_one_on_its_backbone() -> None:
+    known = [
+        trial(0, "timm:a", 0.90, held_out=0.90, val_score=0.96),
+        trial(1, "timm:a", 0.92, held_out=0.92, val_score=0.94),
+        trial(2, "timm:b", 0.99, held_out=0.99, val_score=0.50),
+    ]
+    assert estimate(ended(0.95), "timm:a", "accuracy", known) == pytest.approx(0.93)
+    assert estimate(ended(0.95), "timm:c", "accuracy", known) == 0.95
+
+
+def test_an_estimate_is_never_better_than_perfect() -> None:
+    known = [trial(0, held_out=0.98, val_score=0.90)]
+    assert estimate(ended(1.0), "timm:a", "accuracy", known) == 1.0
+    known = [trial(0, held_out=-0.1, val_score=-0.5)]
+    assert estimate(ended(-0.1), "timm:a", "mae", known) == 0.0

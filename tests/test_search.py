@@ -36,7 +36,8 @@ def test_all_providers_stand_in_one_leaderboard(finished: Path) -> None:
     assert scores == sorted(scores, reverse=True)
     for row in rows:
         assert {"backbone", "strategy", "head", "state", "score", "seconds", "params"} <= set(row)
-        assert row["params"]["optim.name"] in ("adamw", "adam", "sgd")
+        solved = row["params"].get("probe.solver") == "path"
+        assert solved or row["params"]["optim.name"] in ("adamw", "adam", "sgd")
 
 
 def test_the_winner_is_tested_once_and_ships_as_a_bundle(finished: Path) -> None:
@@ -121,7 +122,8 @@ def test_the_python_interface_returns_what_the_command_line_shows(
     monkeypatch.setenv("TLAUTO_CACHE", str(tmp_path / "cache"))
     found = tlauto.search(
         make_patches(tmp_path / "patches"), trials=3, backbones=["timm:test_resnet.r160_in1k"],
-        params={"optim.name": "sgd"}, out=str(tmp_path / "runs"), pretrained=False, offline=True,
+        params={"optim.name": "sgd", "probe.solver": "minibatch"}, out=str(tmp_path / "runs"),
+        pretrained=False, offline=True,
     )  # fmt: skip
     assert len(found.leaderboard()) == 3
     assert {row.params["optim.name"] for row in found.leaderboard()} == {"sgd"}

@@ -52,8 +52,8 @@ def test_a_proposal_depends_on_the_record_not_on_the_process(url: str, tmp_path:
 
 
 def test_a_point_takes_only_the_parameters_that_apply(url: str) -> None:
-    values = make_space().defaults(strategy="feature_extraction", head="linear")
-    assert not [name for name in values if name.startswith(("finetune.", "augment.", "head.mlp"))]
+    values = make_space().defaults(strategy="feature_extraction", head="mlp")
+    assert not [name for name in values if name.startswith(("finetune.", "augment.", "head.linear"))]
     assert "optim.adamw.lr" in values
     assert "optim.sgd.lr" not in values
 

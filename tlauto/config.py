@@ -43,7 +43,8 @@ class Preset:
 
 # A flattened map of 62,720 numbers into 4,096 units is 257 million weights, 4 GB with Adam: only for
 # those who ask for it.
-_MODEST: Mapping[str, Scalar] = {"head.mlp.input": "pooled"}
+# The path of penalties finds what single penalties and mini-batches would have to be searched for.
+_MODEST: Mapping[str, Scalar] = {"head.mlp.input": "pooled", "probe.solver": "path"}
 
 PRESETS = {
     "fast": Preset(12, 4, 4, 256, ("feature_extraction", "partial"), _MODEST),

@@ -133,10 +133,7 @@ class FeatureShape:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A pretrained network without its classifier.
-
-    `tlauto.backbone.TorchBackbone` implements all of it for an ordinary `nn.Module`.
-    """
+    """A pretrained network without its classifier; `TorchBackbone` is one for an ordinary `nn.Module`."""
 
     module: nn.Module
     input: ImageInput
@@ -178,8 +175,7 @@ class BackboneProvider(Protocol):
     def find(self, pattern: str, weights: WeightsOptions) -> tuple[BackboneInfo, ...]:
         """All backbones whose name (without `provider:`) matches a shell glob, sorted by name.
 
-        Includes backbones that exist only as files of `weights`. May import the library. An exact
-        name counts as a glob. Nothing found is an empty tuple.
+        Includes backbones that exist only as files of `weights`. May import the library.
         """
         ...
 
@@ -191,8 +187,8 @@ class BackboneProvider(Protocol):
         """Build the backbone with its pretrained weights, downloading them when allowed.
 
         Two builds with the same weights have the same parameter names, whatever was built before.
-        Raises: UnknownNameError for an unknown id; WeightsError when the weights are missing or do
-        not fit. Random initialisation only when `weights.pretrained` is False.
+        Random initialisation only when `weights.pretrained` is False. Raises: UnknownNameError;
+        WeightsError when the weights are missing or do not fit.
         """
         ...
 
@@ -231,7 +227,12 @@ class FreezeStrategy(Protocol):
 
 @runtime_checkable
 class TaskHead(Protocol):
-    """What turns features into outputs. Must not import torch at module import."""
+    """What turns features into outputs. Must not import torch at module import.
+
+    Optional attribute `is_linear` (default False): True promises that the head is one `nn.Linear` on
+    pooled features once it is trained, and that its `space` matters to training in mini-batches only,
+    so that on cached features the optimum can be computed.
+    """
 
     name: str
     tasks: tuple[str, ...]
@@ -274,8 +275,13 @@ class Task(Protocol):
 
 
 def trains_backbone(strategy: FreezeStrategy) -> bool:
-    """Whether a strategy may let backbone parameters learn (its optional attribute)."""
+    """Whether a strategy may let parameters learn (its optional attribute)."""
     return bool(getattr(strategy, "trains_backbone", True))
+
+
+def is_linear(head: TaskHead) -> bool:
+    """Whether a head's optimum on cached features can be computed (its optional attribute)."""
+    return bool(getattr(head, "is_linear", False))
 
 
 # --- what travels between coordinator and worker, as JSON -------------------------------------------
@@ -324,10 +330,9 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch of one trial; the worker waits for the answer (go on or prune) before the next.
+    """One epoch (from 1) of one trial; the worker waits for the answer, go on or prune.
 
-    `epoch` counts from 1, `score` is higher-is-better, losses are means per image, `seconds` is
-    this epoch's wall time, validation included.
+    `score` is higher-is-better, losses are means per image, `seconds` is wall time with validation.
     """
 
     number: int
@@ -349,6 +354,8 @@ class TrialDone:
         checkpoint: file name in the trial's folder.
         is_pruned: stopped by the coordinator.
         trainable: parameters that learned, head included.
+        held_out: the score over `fit_on` and `evaluate_on` together, each image answered by a head
+            that has not seen it; None when there was no cross-validation.
         versions: distribution name to version; provenance: what came from which plugin.
     """
 
@@ -362,6 +369,7 @@ class TrialDone:
     checkpoint: str
     is_pruned: bool = False
     trainable: int = 0
+    held_out: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
 from tlauto.prepare import Session, open_session
 from tlauto.results.finish import bundle_job, finish
-from tlauto.schedule import best_trial, counts, rank
+from tlauto.schedule import best_trial, counts, estimate, rank
 from tlauto.study import INTERRUPTED
 
 HOPELESS = 5
@@ -167,15 +167,18 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     before = best_trial(session.study.trials())
     facts = {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
     session.store.finish_trial(session.name, done)
+    score = estimate(done, spec.backbone, spec.metric, session.study.trials())
+    if done.held_out is not None:
+        facts["held_out"] = done.held_out
     session.study.note(
-        done.number, val_loss=done.val_loss, seconds=round(done.seconds, 3), best_epoch=done.best_epoch,
-        epochs=done.epochs, trainable_params=done.trainable, **facts,
+        done.number, val_score=done.score, val_loss=done.val_loss, seconds=round(done.seconds, 3),
+        best_epoch=done.best_epoch, epochs=done.epochs, trainable_params=done.trainable, **facts,
     )  # fmt: skip
-    session.study.tell(done.number, done.score, is_pruned=done.is_pruned)
+    session.study.tell(done.number, score, is_pruned=done.is_pruned)
     loop.failures = 0
     state = "pruned" if done.is_pruned else "complete"
     note = f"@{done.epochs}" if done.is_pruned else ""
-    loop.emit(_ended(spec, slot, state, done.score, done.seconds, note))
+    loop.emit(_ended(spec, slot, state, score, done.seconds, note))
     loop.emit(_progress(loop))
     best = best_trial(session.study.trials())
     if best and best.number == done.number and (before is None or before.number != best.number):

@@ -48,6 +48,11 @@ class Metric:
     weighted: Callable[[Array, Array, Array], Array]
     is_rank: bool = False
 
+    @property
+    def best(self) -> float:
+        """The score of perfect answers: 1, or 0 for errors and losses."""
+        return 1.0 if self.higher_is_better else 0.0
+
     def compute(self, targets: Array, predictions: Array) -> float:
         """The metric's value, NaN where it is not defined; raises DataError for unusable arrays."""
         import numpy as np

@@ -41,5 +41,17 @@ hundred images and a head that was fitted beforehand (LP-FT) call for.
 AUGMENT_SPACE: Space = {"level": Choice(AUGMENT_LEVELS, "light")}
 """Parameters `augment.*` of trials that train the backbone (frozen trials read cached features)."""
 
+SOLVERS = ("path", "lbfgs", "minibatch")
+
+LINEAR_SPACE: Space = {"solver": Choice(SOLVERS, "path")}
+"""Parameters `probe.*` of linear heads on cached features, which have one optimum.
+
+`path` finds it for a path of L2 penalties and takes the best by cross-validation; `lbfgs` finds it
+for the penalty `probe.l2`; `minibatch` trains it like any other head, with an optimizer and epochs.
+"""
+
+L2_SPACE: Space = {"l2": Float(1e-6, 10.0, default=1e-2, log=True)}
+"""Parameters `probe.*` of the solver `lbfgs`: half of |W|² times this is added to the mean loss."""
+
 PROBE_SPACE: Space = {"batch_size": Int(16, 256, default=64, log=True)}
-"""Parameters `probe.*` of trials on cached features."""
+"""Parameters `probe.*` of other trials on cached features."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tlauto import metrics
 from tlauto.config import SearchConfig
 from tlauto.contracts import TrialDone, TrialSpec, trains_backbone
 from tlauto.searchspace import SearchSpace
@@ -159,6 +160,25 @@ def rank(trial: TrialRecord) -> tuple[float, float]:
     score = trial.score if trial.score is not None else float("-inf")
     loss = float(trial.attrs.get("val_loss", math.inf))
     return score, -math.inf if math.isnan(loss) else -loss
+
+
+def estimate(done: TrialDone, backbone: str, metric: str, trials: Sequence[TrialRecord]) -> float:
+    """What a trial is ranked by: its score, with the luck of a small validation part taken out.
+
+    A cross-validated trial has a score over all images to learn from. Any other is measured on the
+    validation part alone, which may be easy or hard; how easy, the best cross-validated trial on the
+    same backbone tells, whose score is known on both. The gain over that trial on the same images is
+    then added to that trial's score over all: a control variate (Lavenberg & Welch 1981). Without
+    such a trial it is the score on validation.
+    """
+    if done.held_out is not None:
+        return done.held_out
+    known = [t for t in trials if t.params.get("backbone") == backbone and "held_out" in t.attrs]
+    if not known:
+        return done.score
+    reference = max(known, key=lambda trial: float(trial.attrs["held_out"])).attrs
+    gain = done.score - float(reference["val_score"])
+    return min(metrics.get(metric).best, float(reference["held_out"]) + gain)
 
 
 def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tlauto import recipe
-from tlauto.contracts import FreezeStrategy, TaskHead, trains_backbone
+from tlauto.contracts import FreezeStrategy, TaskHead, is_linear, trains_backbone
 from tlauto.errors import ConfigError, did_you_mean
 from tlauto.space import Choice, Parameter, Scalar, Space
 
@@ -64,8 +64,14 @@ class SearchSpace:
         take(f"freeze.{strategy.name}", strategy.space)
         take("", {"head": _choice(self.heads)})
         head = next(h for h in self.heads if h.name == values["head"])
-        take(f"head.{head.name}", head.space)
         take("loss", self.loss)
+        if is_linear(head) and not trains_backbone(strategy):
+            take("probe", recipe.LINEAR_SPACE)
+            if values["probe.solver"] == "lbfgs":
+                take("probe", recipe.L2_SPACE)
+            if values["probe.solver"] != "minibatch":
+                return values  # the optimum is computed: there is nothing to choose about training
+        take(f"head.{head.name}", head.space)
         take("optim", recipe.OPTIM_SPACE)
         take(f"optim.{values['optim.name']}", recipe.OPTIMIZER_SPACES[str(values["optim.name"])])
         for owner, space in _training_spaces(trains_backbone(strategy)):
@@ -84,6 +90,8 @@ class SearchSpace:
         spaces += [(f"optim.{name}", space) for name, space in recipe.OPTIMIZER_SPACES.items()]
         for strategy in self.strategies:
             spaces += _training_spaces(trains_backbone(strategy))
+        if any(map(is_linear, self.heads)) and not all(map(trains_backbone, self.strategies)):
+            spaces += [("probe", recipe.LINEAR_SPACE), ("probe", recipe.L2_SPACE)]
         for owner, space in spaces:
             for name, parameter in space.items():
                 yield f"{owner}.{name}", parameter

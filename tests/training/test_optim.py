@@ -71,7 +71,10 @@ def test_a_parameter_that_nothing_reads_fails_the_trial_by_name(name: str, value
 
 def test_a_frozen_trial_reads_no_augmentation() -> None:
     frozen = read(
-        replace(SPEC, params={"probe.batch_size": 128}), FeatureExtraction(), Linear(), Multiclass()
+        replace(SPEC, params={"probe.solver": "minibatch", "probe.batch_size": 128}),
+        FeatureExtraction(),
+        Linear(),
+        Multiclass(),
     )
     assert (frozen.batch_size, frozen.backbone_lr, frozen.augment) == (128, 0.0, "none")
     with pytest.raises(TrialError, match=r"augment\.level"):

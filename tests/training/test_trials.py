@@ -40,7 +40,8 @@ def state_of(spec: TrialSpec) -> dict[str, torch.Tensor]:
 def test_a_trial_leaves_metrics_predictions_and_a_checkpoint_that_restores(
     strategy: str, backbone: str, spec: TrialSpec, run: Run, registry: Registry, dataset: Dataset
 ) -> None:
-    spec = replace(spec, strategy=strategy, backbone=backbone)
+    params = {"probe.solver": "minibatch"} if strategy == FROZEN else {}
+    spec = replace(spec, strategy=strategy, backbone=backbone, params=params)
     done = run(spec)
     assert done.number == 7
     assert 1 <= done.best_epoch <= done.epochs == 3
@@ -119,7 +120,7 @@ def test_fine_tuning_tells_of_each_epoch_and_stops_when_told(spec: TrialSpec, ru
 
 def test_a_frozen_trial_tells_of_its_last_epoch_only_and_is_not_pruned(spec: TrialSpec, run: Run) -> None:
     told: list[EpochResult] = []
-    done = run(spec, lambda result: bool(told.append(result)))
+    done = run(replace(spec, head="mlp"), lambda result: bool(told.append(result)))
     assert [result.epoch for result in told] == [3]
     assert not done.is_pruned
 
@@ -128,6 +129,8 @@ def test_a_frozen_trial_tells_of_its_last_epoch_only_and_is_not_pruned(spec: Tri
 def test_patience_stops_a_trial_that_no_longer_improves(strategy: str, spec: TrialSpec, run: Run) -> None:
     # At the lowest rate the features' random head hardly moves; at the highest it soon overfits.
     params = {"optim.adamw.lr": 3e-2}
+    if strategy == FROZEN:
+        params |= {"probe.solver": "minibatch"}
     done = run(
         replace(spec, strategy=strategy, epochs=60 if strategy == FROZEN else 12, patience=1, params=params)
     )
@@ -280,7 +283,13 @@ def test_a_refit_looks_at_the_test_part_once_after_its_last_epoch(
 ) -> None:
     told: list[EpochResult] = []
     refit = replace(
-        spec, number=-1, strategy=strategy, fit_on=("train", "val"), evaluate_on="test", purpose="refit"
+        spec,
+        number=-1,
+        strategy=strategy,
+        head="mlp",
+        fit_on=("train", "val"),
+        evaluate_on="test",
+        purpose="refit",
     )
     done = run(refit, lambda result: bool(told.append(result)) or True)
     assert [result.epoch for result in told] == [3]

@@ -21,6 +21,7 @@ class Linear:
 
     name = "linear"
     tasks = ALL_TASKS
+    is_linear = True
     space: Space = {"dropout": Float(0.0, 0.5, default=0.0)}
 
     def features(self, params: Mapping[str, Scalar]) -> Literal["pooled", "unpooled"]:

@@ -203,7 +203,7 @@ def plan_lines(event: Planned) -> list[str]:
         f"slots     {' '.join(event.slots)}",
         f"space     {space}",
         f"backbones {', '.join(event.backbones)}",
-        f"score     {event.metric} on validation ({event.why_metric})",
+        f"score     {event.metric} on held-out images ({event.why_metric})",
     ]
     if event.done:
         lines.append(f"resuming  study '{event.study}' with {event.done} trials done")

@@ -48,7 +48,7 @@ def print_study(search: Search) -> None:
     lines = [
         ("study", f"{search.name} ({info['state']}, {duration(info['seconds'])} active)"),
         ("data", f"{config['data']} ({plan['task']}, fingerprint {info['dataset']['fingerprint'][:12]})"),
-        ("score", f"{plan['metric']} on validation"),
+        ("score", f"{plan['metric']} on held-out images"),
         ("trials", ", ".join(f"{n} {state}" for state, n in states.items()) or "none"),
         ("backbones", ", ".join(plan["backbones"])),
         ("settings", ", ".join(f"{k} {_plain(v)}" for k, v in given.items())),
@@ -115,7 +115,7 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
     console.print()
     what = f"{best.backbone}, {best.strategy}, {best.head}"
     console.print(f"best      trial {best.number}: {what}", markup=False)
-    console.print(f"score     {best.score:.3f} on validation", markup=False)
+    console.print(f"score     {best.score:.3f} on held-out images", markup=False)
     test = search.test
     if test:
         shown = [name for name in _order(test, search) if name in test][:4]

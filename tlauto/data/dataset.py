@@ -21,12 +21,15 @@ class Item:
         target: class index (multiclass), class indices (multilabel) or value (regression).
         split: `train`, `val` or `test`.
         sha256: of the file's bytes.
+        group: number shared by images that must stay together (copies, or one value of the group
+            column); -1 for an image that belongs to none.
     """
 
     path: str
     target: Target
     split: str
     sha256: str
+    group: int = -1
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,14 @@ def make_dataset(
     homes = _homes(records, report)
     splits = _split(raw, records, homes, missing, seed)
     _require_train(raw, records, splits)
+    sizes = Counter(homes)
     items = tuple(
-        Item(record.path, _target(record.label, classes), split, report.checks[record.path].sha256)
-        for record, split in zip(records, splits, strict=True)
-    )
+        Item(
+            record.path, _target(record.label, classes), split, report.checks[record.path].sha256,
+            home if sizes[home] > 1 else -1,
+        )
+        for record, split, home in zip(records, splits, homes, strict=True)
+    )  # fmt: skip
     return Dataset(raw.root, raw.task, classes, items, fingerprint(raw, report))
 
 

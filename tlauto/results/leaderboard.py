@@ -19,7 +19,7 @@ class Row:
 
     Attributes:
         state: waiting, running, complete, pruned or failed.
-        score: of its best epoch on validation, higher is better; None when it has none.
+        score: what it is ranked by, higher is better (`schedule.estimate`); None when it has none.
         seconds: wall time of the trial, None while it runs.
         params: every parameter it ran with, by dotted name.
         metrics: on validation, name to {"value", "low", "high"}.

@@ -21,6 +21,7 @@ from tlauto.data import Dataset
 from tlauto.plugins import Registry
 from tlauto.training.arrays import cached_array
 from tlauto.training.batches import centre_batches
+from tlauto.training.linear import stratified_folds
 from tlauto.training.model import Kind, features_of, load_backbone
 from tlauto.training.pixels import Pixels, contents, geometry, load_pixels
 
@@ -66,6 +67,11 @@ class FeatureSource:
     def pixels(self, splits: Sequence[str]) -> Pixels:
         """The images of these splits as this backbone wants them."""
         return load_pixels(self.dataset, splits, self.facts.input, self.spec.cache)
+
+    def folds(self, splits: Sequence[str], seed: int) -> torch.Tensor:
+        """The fold (N,) that each image of these splits, split after split, is held out in."""
+        items = [item for split in splits for item in self.dataset.part(split)]
+        return stratified_folds([item.target for item in items], [item.group for item in items], seed)
 
     def features(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features (N, D) or (N, C, H, W) of these splits, split after split."""

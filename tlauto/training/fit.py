@@ -64,7 +64,14 @@ def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, st
     predictions = fitted.evaluation.predictions
     paths = [item.path for item in dataset.part(spec.evaluate_on)]
     checkpoint = save_checkpoint(Path(spec.folder), fitted.state, spec, fitted.kind)
-    np.savez(Path(spec.folder, PREDICTIONS), targets=targets, predictions=predictions, paths=np.array(paths))
+    answers = {"targets": targets, "predictions": predictions, "paths": np.array(paths)}
+    held_out = fitted.held_out
+    if held_out is not None:
+        learned = [item.path for part in spec.fit_on for item in dataset.part(part)]
+        both = np.concatenate([trial.train_targets, targets]), np.concatenate([held_out, predictions])
+        answers |= {"held_out": held_out, "held_out_targets": both[0][: len(learned)]}
+        answers["held_out_paths"] = np.array(learned)
+    np.savez(Path(spec.folder, PREDICTIONS), allow_pickle=False, **answers)
     return TrialDone(
         number=spec.number,
         score=fitted.evaluation.score,
@@ -76,6 +83,7 @@ def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, st
         checkpoint=checkpoint.name,
         is_pruned=fitted.is_pruned,
         trainable=fitted.trainable,
+        held_out=None if held_out is None else float(metrics.score(spec.metric, *both)),
         versions=loaded_libraries(),
         provenance=_provenance(spec, registry),
     )

@@ -10,14 +10,15 @@ import torch
 
 from tlauto.contracts import EpochResult
 from tlauto.errors import Diverged
-from tlauto.training.batches import Stream, to_device
+from tlauto.training.batches import Stream
 from tlauto.training.checkpoint import start_from
 from tlauto.training.features import sample_indices
-from tlauto.training.model import Readout, Standardise, build_readout
+from tlauto.training.model import Readout, build_readout
 from tlauto.training.optim import head_groups, make_optimizer, set_rates
+from tlauto.training.rows import Rows
+from tlauto.training.solved import solve_head
 from tlauto.training.trial import Best, Fitted, Trial
 
-ON_DEVICE = 2**30  # bytes of features that are kept on the device as a whole
 EVAL_ROWS = 1024
 
 
@@ -34,6 +35,12 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     _initialise(readout, trial, train)
     readout.to(trial.device)
     rows = [Rows(features, readout.norm, trial.device) for features in (train, valid)]
+    if trial.settings.solver != "minibatch":
+        fitted, train_loss = solve_head(readout, trial, *rows)
+        seconds = time.perf_counter() - started
+        found = fitted.evaluation
+        on_epoch(EpochResult(spec.number, 1, found.score, train_loss, found.loss, seconds))
+        return fitted
     best, train_loss = _epochs(readout, trial, *rows)
     winner, seconds = best.winner, time.perf_counter() - started
     on_epoch(EpochResult(spec.number, best.seen, winner.score, train_loss, winner.loss, seconds))
@@ -48,32 +55,6 @@ def _initialise(readout: Readout, trial: Trial, train: torch.Tensor) -> None:
     init = trial.spec.init_head
     if init is None or not start_from(readout, Path(init), trial.spec):
         readout.norm.measure(train[sample_indices(len(train))])
-
-
-class Rows:
-    """Scaled features by row.
-
-    Up to `limit` bytes are scaled and moved to the device once, as a whole; more stay mapped from
-    the cache.
-    """
-
-    def __init__(
-        self, features: torch.Tensor, norm: Standardise, device: torch.device, *, limit: int = ON_DEVICE
-    ) -> None:
-        self.device, self.norm = device, norm
-        self.is_small = features.element_size() * features.numel() <= limit
-        self.features = self.norm(features.to(self.device)) if self.is_small else features
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """The scaled features (B, C) or (B, C, H, W) of these rows, on the device."""
-        taken = self.features.index_select(0, rows.to(self.features.device))
-        if self.is_small:
-            return taken
-        scaled: torch.Tensor = self.norm(to_device(taken, self.device))
-        return scaled
 
 
 def _epochs(readout: Readout, trial: Trial, train: Rows, valid: Rows) -> tuple[Best, float]:

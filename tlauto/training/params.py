@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tlauto import recipe
-from tlauto.contracts import FreezeStrategy, Task, TaskHead, TrialSpec, trains_backbone
+from tlauto.contracts import FreezeStrategy, Task, TaskHead, TrialSpec, is_linear, trains_backbone
 from tlauto.errors import ConfigError, TrialError, did_you_mean
 from tlauto.space import Scalar, Space, complete
 
@@ -23,6 +23,8 @@ class Settings:
         backbone_lr: multiplier of `lr` for the backbone; 0 when it does not learn.
         train_mode: whether the backbone runs in training mode while it learns.
         augment: a level of `recipe.AUGMENT_LEVELS`.
+        solver: `path` or `lbfgs` when the head's optimum is computed, else `minibatch`.
+        l2: the penalty of `lbfgs`.
     """
 
     freeze: Mapping[str, Scalar]
@@ -35,6 +37,8 @@ class Settings:
     backbone_lr: float
     train_mode: bool
     augment: str
+    solver: str = "minibatch"
+    l2: float = 0.0
 
 
 class Params:
@@ -73,6 +77,10 @@ def read(spec: TrialSpec, strategy: FreezeStrategy, head: TaskHead, task: Task) 
 
 
 def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) -> Settings:
+    if is_linear(head) and not trains_backbone(strategy):
+        solver = str(params.take("probe", recipe.LINEAR_SPACE)["solver"])
+        if solver != "minibatch":
+            return _solved(params, solver, strategy, head, task)
     optim = params.take("optim", recipe.OPTIM_SPACE)
     name = str(optim["name"])
     own = params.take(f"optim.{name}", recipe.OPTIMIZER_SPACES[name])
@@ -94,6 +102,18 @@ def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) 
         train_mode=bool(finetune["train_mode"]),
         augment=str(augment["level"]),
     )
+
+
+def _solved(params: Params, solver: str, strategy: FreezeStrategy, head: TaskHead, task: Task) -> Settings:
+    """The settings of a head whose optimum is computed: no optimizer, no batches, no epochs."""
+    l2 = _number(params.take("probe", recipe.L2_SPACE)["l2"]) if solver == "lbfgs" else 0.0
+    return Settings(
+        freeze=params.take(f"freeze.{strategy.name}", strategy.space),
+        head=complete(head.space, {}, owner=f"head.{head.name}"),
+        loss=params.take("loss", task.space),
+        optimizer="lbfgs", optim={}, warmup=0.0, batch_size=1, backbone_lr=0.0, train_mode=False,
+        augment="none", solver=solver, l2=l2,
+    )  # fmt: skip
 
 
 def _number(value: Scalar) -> float:

@@ -127,6 +127,8 @@ class Fitted:
         kind: which features the head reads.
         epochs: that were trained.
         trainable: numbers that learned, head included.
+        held_out: predictions (N, …) for the rows of `fit_on`, each by a head that has not seen it;
+            None when there was no cross-validation.
     """
 
     best_epoch: int
@@ -136,6 +138,7 @@ class Fitted:
     epochs: int
     trainable: int
     is_pruned: bool = False
+    held_out: np.ndarray | None = None
 
 
 def prepare(spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch.device) -> Trial:
