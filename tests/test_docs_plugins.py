@@ -16,6 +16,7 @@ from tlauto import hookspecs, testing
 from tlauto.contracts import Backbone, BackboneProvider, FreezeStrategy, TaskHead, WeightsOptions
 from tlauto.errors import WeightsError
 from tlauto.plugins import CONTRACTS, CORE_HOOKS, load_plugins
+from tlauto.splits import Split, Splittable
 from tlauto.testing import TaskHeadSuite
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,9 @@ def test_no_hook_is_documented_that_does_not_exist() -> None:
     assert set(re.findall(r"### `(\w+)\(", DOCS)) == set(CORE_HOOKS)
 
 
-@pytest.mark.parametrize("contract", [BackboneProvider, Backbone, FreezeStrategy, TaskHead])
+@pytest.mark.parametrize(
+    "contract", [BackboneProvider, Backbone, Splittable, Split, FreezeStrategy, TaskHead]
+)
 def test_every_member_of_a_contract_is_documented_with_its_exact_signature(contract: type) -> None:
     lines = {line.strip() for line in DOCS.splitlines()}
     for name, annotation in contract.__annotations__.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYER_0 = frozenset({"errors", "space", "contracts"})
+LAYER_0 = frozenset({"errors", "space", "contracts", "splits"})
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
     | {"locks", "caches"}

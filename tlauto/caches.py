@@ -1,6 +1,6 @@
 """What lies in the cache folder, how large it may become, and what is deleted first.
 
-Under `<cache>/pixels` and `<cache>/features`, an array of key K (32 hexadecimal digits) is `K.npy` with
+Under `<cache>/pixels`, `features` and `prefixes`, an array of key K (32 hexadecimal digits) is `K.npy` with
 its sidecar `K.json`, or `K.part` and `K.journal` while it is computed; `K.lock` is locked by the process
 that computes it, `K.npy` itself by all that use it (`tlauto.training.arrays` writes them). Only files of
 such names are ever deleted, and none that a living process has locked.
@@ -21,7 +21,7 @@ from typing import Any
 from tlauto.errors import ConfigError
 from tlauto.locks import locked, take
 
-KINDS = ("pixels", "features")
+KINDS = ("pixels", "features", "prefixes")
 CHECKS = "checks"  # what `tlauto doctor` remembers: small, so listed and cleared but never evicted
 EVICTION = "eviction.lock"
 DEFAULT_LIMIT = 20 * 10**9  # bytes
@@ -38,14 +38,14 @@ class Entry:
 
     Attributes:
         path: the array's file once it is complete.
-        kind: `pixels`, `features` or `checks`.
+        kind: `pixels`, `features`, `prefixes` or `checks`.
         files: all its files, sidecar and lock included.
         bytes: of these files now.
         reserved: bytes that it will take when it is complete; `bytes` unless it is unfinished.
         last_used: seconds since the epoch.
         is_complete: False while it is computed, or when the process that did so died.
         images: rows of the array; None when nothing says so.
-        backbone: whose features they are; None for other kinds.
+        backbone: whose features or activations they are; None for other kinds.
     """
 
     path: Path

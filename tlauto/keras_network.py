@@ -155,6 +155,14 @@ class KerasNetwork(nn.Module):
             for stage, module in self.named_children()
         )
 
+    def parts(self) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+        """Keras' layers, which are what is called, with the parameters of each."""
+        ours = {id(parameter): parameter for parameter in self.parameters()}
+        return [
+            (layer, [ours[id(v.value)] for v in layer.weights if id(v.value) in ours])
+            for layer in leaf_layers(self._keras[0])
+        ]
+
     def extra_repr(self) -> str:
         """The application's name: networks of equal tensors may differ in it."""
         return self._application.name

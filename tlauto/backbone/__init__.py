@@ -12,11 +12,15 @@ from tlauto.backbone.files import (
     tensor_shapes,
 )
 from tlauto.backbone.network import TorchBackbone, count_parameters, hash_weights, mean_of_map
+from tlauto.backbone.split import Parts, agree, cut
 from tlauto.backbone.stages import merge_norm_stages, stages_by_resolution, stages_by_unit, units_of
 
 __all__ = [
+    "Parts",
     "TorchBackbone",
+    "agree",
     "count_parameters",
+    "cut",
     "first_mismatches",
     "hash_weights",
     "load_strictly",

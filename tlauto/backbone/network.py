@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
+from tlauto.backbone.split import Parts, cut
 from tlauto.backbone.stages import Features, device_of
 from tlauto.contracts import Backbone, FeatureShape, ImageInput
 from tlauto.errors import ConfigError, PluginError, did_you_mean
+from tlauto.splits import Split
 
 
 def mean_of_map(module: nn.Module, maps: torch.Tensor) -> torch.Tensor:
@@ -29,6 +31,8 @@ class TorchBackbone:
         stages: names of its parameters, stem first, every parameter exactly once.
         pooled: features (N, D) of (module, images); None averages `unpooled` over the map.
         unpooled: features (N, C, H, W) of (module, images).
+        parts: modules whose calls show the order in which the parameters are used, where these are
+            not the submodules of `module`.
 
     `feature_shape` is measured with one forward pass at `input.size`, never read from the network's
     own claims. Last stages that `unpooled` does not run through (VGG's dense layers) join the one
@@ -46,12 +50,14 @@ class TorchBackbone:
         *,
         unpooled: Features,
         pooled: Features | None = None,
+        parts: Callable[[], Parts] | None = None,
     ) -> None:
         self.module = module
         self.input = input
         self.stages = _checked_stages(module, stages)
         self._pooled = pooled
         self._unpooled = unpooled
+        self._parts = parts
         self.feature_shape, ran = self._measure()
         self.stages = _join_unused_tail(self.stages, ran)
 
@@ -64,6 +70,17 @@ class TorchBackbone:
     def unpooled(self, images: torch.Tensor) -> torch.Tensor:
         """Features (N, C, H, W) of normalised images (N, 3, H, W), before global pooling."""
         return self._unpooled(self.module, images)
+
+    def split(self, stage: int) -> Split | None:
+        """The network cut before `stages[stage]`, shown to be exact; None where it cannot be cut."""
+        return cut(
+            self.module,
+            self.stages,
+            stage,
+            runs={"pooled": self.pooled, "unpooled": self.unpooled},
+            size=self.input.size,
+            parts=self._parts() if self._parts else None,
+        )
 
     def set_trainable(self, names: Collection[str]) -> None:
         """Let exactly these parameters learn; raises ConfigError for a name it does not have."""

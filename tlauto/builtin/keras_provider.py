@@ -55,7 +55,14 @@ class KerasProvider:
             keras_weights.load(model, application, path)
         network = KerasNetwork(application, model)
         image_input = application.image_input(resizable=is_resizable(application))
-        return TorchBackbone(network, image_input, network.stage_names(), pooled=_pooled, unpooled=_maps)
+        return TorchBackbone(
+            network,
+            image_input,
+            network.stage_names(),
+            pooled=_pooled,
+            unpooled=_maps,
+            parts=network.parts,
+        )
 
 
 def _application(id: str) -> Application:

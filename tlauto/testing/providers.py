@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -18,6 +18,7 @@ from tlauto.contracts import (
     WeightsStatus,
 )
 from tlauto.errors import ConfigError, UnknownNameError, WeightsError
+from tlauto.splits import split_of
 from tlauto.testing.spaces import check_name, heavy_imports
 
 if TYPE_CHECKING:
@@ -241,6 +242,29 @@ class BackboneProviderSuite:
         changed = {n for n, p in backbone.module.named_parameters() if not torch.equal(p, before[n])}
         assert changed, "nothing of the last stage learned"
         assert changed <= set(backbone.stages[-1])
+
+    def test_a_split_it_offers_gives_what_the_whole_gives(self) -> None:
+        import torch
+
+        from tlauto.backbone import agree
+
+        backbone = self._load()
+        backbone.set_training(False)
+        images = _images(backbone, 3)
+        with torch.no_grad():
+            whole = backbone.pooled(images), backbone.unpooled(images)
+        for stage in range(1, len(backbone.stages)):
+            split = split_of(backbone, stage)
+            if split is None:
+                continue
+            backbone.set_trainable([name for names in backbone.stages[stage:] for name in names])
+            activations = split.prefix(images)
+            assert not activations.requires_grad, f"what learns from stage {stage} on is used before it"
+            assert len(activations) == len(images), f"stage {stage}: one row for each image"
+            for kind, expected in zip(("pooled", "unpooled"), whole, strict=True):
+                with torch.no_grad():
+                    found = split.suffix(activations.clone(), cast(Any, kind))
+                assert agree(found, expected), f"split before stage {stage}, {kind} features differ"
 
     def _load(self, *, seed: int = 0) -> Backbone:
         import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -73,9 +73,19 @@ def augmented_batches(
     Each image draws from a generator of its own, seeded by `seed`, the batch and its place in it, so
     the result does not depend on how the threads are scheduled.
     """
+    return seeded_batches(pixels, batches, augment, lambda batch, place: [*seed, batch, place])
+
+
+def seeded_batches(
+    pixels: Pixels,
+    batches: Sequence[list[int]],
+    augment: Augment,
+    seed_of: Callable[[int, int], Sequence[int]],
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """The same with a seed for each batch and place in it."""
 
     def prepare(batch: int, place: int) -> torch.Tensor:
-        random = np.random.default_rng([*seed, batch, place])
+        random = np.random.default_rng(seed_of(batch, place))
         return augment(pixels.window(batches[batch][place]), random)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
