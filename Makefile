@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
 	@test -n "$(PYTHON)" || { echo "error: tlauto needs Python 3.11 or newer; name one with 'make PYTHON=/path/to/python'" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]' $(addprefix -e ./,$(PLUGINS))
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,fast]' $(addprefix -e ./,$(PLUGINS))
 	@touch $@
 
 lint: setup

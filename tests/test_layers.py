@@ -24,6 +24,7 @@ LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
 IMAGES = frozenset({"PIL", "numpy", "sklearn", "scipy"})
 LIBRARIES = IMAGES | {"torch", "torchvision", "timm", "keras", "safetensors", "h5py", "huggingface_hub"}
+ENGINES = frozenset({"openvino", "onnxruntime"})  # optional: never at the top
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def _rules() -> dict[str, Rule]:
         NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy", "safetensors"}), none, LIBRARIES)
     )
     # Tasks are no plugins: training finds them by name, inside functions.
-    rules["training"] = Rule(BELOW_2 | NETWORKS, LIBRARIES, frozenset({"builtin.tasks"}), LIBRARIES)
+    rules["training"] = Rule(BELOW_2 | NETWORKS, LIBRARIES, frozenset({"builtin.tasks"}), LIBRARIES | ENGINES)
     rules["builtin"] = Rule(BELOW_2, none, NETWORKS, LIBRARIES)
     rules |= dict.fromkeys(LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training"}), LIBRARIES))
     # The worker is an entry of its own: it also writes the bundle, where torch already is.

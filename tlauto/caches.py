@@ -21,7 +21,8 @@ from typing import Any
 from tlauto.errors import ConfigError
 from tlauto.locks import locked, take
 
-KINDS = ("pixels", "features", "prefixes")
+ENGINES = "engines"  # converted networks
+KINDS = ("pixels", "features", "prefixes", ENGINES)
 CHECKS = "checks"  # what `tlauto doctor` remembers: small, so listed and cleared but never evicted
 EVICTION = "eviction.lock"
 DEFAULT_LIMIT = 20 * 10**9  # bytes
@@ -208,9 +209,16 @@ def _array(path: Path, files: Mapping[Path, os.stat_result]) -> Entry:
         reserved=max(size, planned),
         last_used=max(dated, default=0.0),
         is_complete=is_complete,
-        images=shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else None,
+        images=_images(path, shape),
         backbone=backbone if isinstance(backbone, str) else None,
     )
+
+
+def _images(path: Path, shape: object) -> int | None:
+    """How many images an array has rows of; a converted network is an array of bytes."""
+    if path.parent.name == ENGINES or not isinstance(shape, list) or not shape:
+        return None
+    return shape[0] if isinstance(shape[0], int) else None
 
 
 def _checks(folder: Path) -> list[Entry]:

@@ -7,6 +7,7 @@ winner is evaluated.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,8 +22,9 @@ from tlauto.data import Dataset
 from tlauto.plugins import Registry
 from tlauto.training.arrays import cached_array
 from tlauto.training.batches import centre_batches
+from tlauto.training.engines import Extractor
 from tlauto.training.linear import stratified_folds
-from tlauto.training.model import Kind, features_of, load_backbone
+from tlauto.training.model import Kind, load_backbone
 from tlauto.training.pixels import Pixels, contents, geometry, load_pixels
 
 SAMPLE = 512  # images that feature scaling is measured on
@@ -37,6 +39,8 @@ class Facts:
     weights: str
 
 
+_log = logging.getLogger(__name__)
+
 # A worker builds each backbone for its first trial only: later trials need just these facts.
 _known: dict[tuple[Registry, str, str], Facts] = {}
 
@@ -49,6 +53,7 @@ class FeatureSource:
         self.registry = registry
         self.dataset = dataset
         self.device = device
+        self._extractors: dict[Kind, Extractor] = {}
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -81,7 +86,19 @@ class FeatureSource:
     def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features of up to 512 images, evenly spaced over these splits."""
         count = sum(len(self.dataset.part(split)) for split in splits)
-        return self._cached(splits, kind, sample_indices(count))
+        features = self._cached(splits, kind, sample_indices(count))
+        self._extractors.clear()  # what asks for a sample trains the backbone next, and needs the memory
+        return features
+
+    def _extractor(self, kind: Kind) -> Extractor:
+        """What runs the backbone; one for all parts of the dataset, so that they are of one engine."""
+        if kind not in self._extractors:
+            self._extractors[kind] = Extractor(
+                self.backbone, kind, self.device, images=len(self.dataset.items),
+                weights=self.facts.weights, folder=Path(self.spec.cache), note=_log.warning,
+                about={"backbone": self.spec.backbone},
+            )  # fmt: skip
+        return self._extractors[kind]
 
     def _cached(self, splits: Sequence[str], kind: Kind, indices: Sequence[int]) -> torch.Tensor:
         facts = self.facts
@@ -92,10 +109,12 @@ class FeatureSource:
         width = (facts.shape.pooled,) if kind == "pooled" else facts.shape.unpooled
 
         def blocks(first: int) -> Iterator[np.ndarray]:
-            pixels = self.pixels(splits)
+            pixels, run = self.pixels(splits), self._extractor(kind)
             with torch.inference_mode():
                 for images in centre_batches(pixels, self.device, indices[first:]):
-                    yield features_of(self.backbone, images, kind).float().cpu().numpy()
+                    rows = run(images).float().cpu().numpy()
+                    shown["engine"] = run.name  # for people: what is proven equal needs no key of its own
+                    yield rows
 
         path = Path(self.spec.cache, "features", f"{key}.npy")
         shape, shown = (len(indices), *width), {"backbone": self.spec.backbone}
