@@ -293,7 +293,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 DAMAGE: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("foreign", lambda d: d.update(format="other"), "does not describe a tlauto model bundle"),
-    ("newer", lambda d: d.update(format_version=2), "format version 2, this tlauto reads up to 1; update it"),
+    ("newer", lambda d: d.update(format_version=3), "format version 3, this tlauto reads up to 2; update it"),
     ("odd version", lambda d: d.update(format_version="x"), "'format_version' is 'x'"),
     ("no labels", lambda d: d.pop("labels"), "it has no 'labels'"),
     ("labels of one", lambda d: d.update(labels=["ant"]), "'labels' holds 1 classes"),

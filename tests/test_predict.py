@@ -58,7 +58,8 @@ def train_bundle(folder: Path, root: Path, *, task: str) -> Path:
     spec = TrialSpec(
         number=0, dataset="", task=task, metric="rmse" if task == "regression" else "accuracy",
         backbone="timm:test_resnet", strategy="feature_extraction", head="linear",
-        params={"optim.adamw.lr": 0.03}, weights=WeightsOptions(pretrained=False, offline=True),
+        params={"probe.solver": "minibatch", "optim.adamw.lr": 0.03},
+        weights=WeightsOptions(pretrained=False, offline=True),
         seed=0, epochs=60, folder=str(folder / "trial"), cache=str(folder / "cache"),
     )  # fmt: skip
     done = run_trial(spec, registry(), dataset, device="cpu", on_epoch=lambda _: True)

@@ -67,6 +67,15 @@ class Search:
         found = self._record()
         return found["comparison"] if found else None
 
+    @property
+    def members(self) -> dict[str, float]:
+        """What answers together: folder of a bundle, `.` for the model itself, to weight."""
+        from tlauto.results.manifest import MANIFEST_FILE, read_manifest
+
+        file = self.model / MANIFEST_FILE
+        found = read_manifest(file).ensemble if file.is_file() else None
+        return {".": found.weight, **found.members} if found else {".": 1.0}
+
     def info(self) -> dict[str, Any]:
         """Config, plan, dataset report, state and active seconds, as recorded."""
         with self._store() as store:

@@ -58,7 +58,7 @@ class SearchConfig:
     """A search as the user asked for it; see `tlauto search --help` for each value.
 
     `trials` and `time_s` (seconds) are totals over all runs of the study; None leaves that side
-    open. `params` fixes parameters by their dotted names.
+    open. `params` fixes parameters by their dotted names. At most `ensemble` models answer together.
     """
 
     data: str
@@ -76,6 +76,7 @@ class SearchConfig:
     devices: str = "auto"
     workers: int | None = None
     seed: int = 0
+    ensemble: int = 4
     weights: Mapping[str, str] = field(default_factory=dict)
     weights_dir: str | None = None
     offline: bool = False
@@ -199,6 +200,10 @@ def _check(config: SearchConfig) -> None:
         config.workers is not None and not 0 <= config.workers <= 512,
         f"--workers must be from 0 to 512, not {config.workers}",
     )
+    refuse(
+        not 1 <= config.ensemble <= 16,
+        f"--ensemble must be from 1 (a single model) to 16, not {config.ensemble}",
+    )
     refuse(not 0 <= config.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, not {config.seed}")
     name = config.study
     refuse(
@@ -246,7 +251,7 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
     if name in ("backbones", "strategies", "heads"):
         value = value.split(",") if isinstance(value, str) else value
     expected: dict[str, type | tuple[type, ...]] = {
-        "trials": int, "workers": int, "seed": int, "time_s": (int, float),
+        "trials": int, "workers": int, "seed": int, "ensemble": int, "time_s": (int, float),
         "offline": bool, "pretrained": bool, "new": bool, "allow_leaks": bool,
         "params": dict, "weights": dict, "backbones": list, "strategies": list, "heads": list,
     }  # fmt: skip

@@ -297,14 +297,13 @@ class TrialSpec:
         params: sampled values, dotted by owner (`freeze.partial.k`, `head.mlp.dropout`, `optim.name`).
         metric: the metric that is the score.
         seed: of everything random in this trial.
-        epochs: most epochs it may train.
-        patience: epochs without improvement before it stops early; 0 never stops early.
+        epochs, patience: most epochs, and how many without improvement end it; patience 0 never does.
         epoch_images: images per epoch when the backbone learns; None is the whole training part.
         fit_on, evaluate_on: parts of the split.
         init_head: a checkpoint whose head and feature scaling to start from (LP-FT), or None.
-        folder: where its checkpoint and predictions go.
-        cache: folder of the pixel and feature caches.
+        folder, cache: where its checkpoint and predictions go, and where pixels and features are.
         purpose: why it was run.
+        prove_above: validation score from which a frozen trial is cross-validated too; None is never.
     """
 
     number: int
@@ -326,6 +325,7 @@ class TrialSpec:
     evaluate_on: str = "val"
     init_head: str | None = None
     purpose: Literal["probe", "default", "search", "refit", "rerun"] = "search"
+    prove_above: float | None = None
 
 
 @dataclass(frozen=True)

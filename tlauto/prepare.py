@@ -25,7 +25,7 @@ from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
 from tlauto.pool.inprocess import InProcessPool
 from tlauto.pool.local import LocalPool
-from tlauto.schedule import Plan, counts
+from tlauto.schedule import Plan, Sizes, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store, storage_url
 from tlauto.study import INTERRUPTED, Study, check_name
@@ -43,6 +43,11 @@ class Session:
     infos: Mapping[str, BackboneInfo]
     plan: Plan
     pool: Pool
+
+    @property
+    def sizes(self) -> Sizes:
+        """Images in each part."""
+        return Sizes(*(len(self.dataset.part(part)) for part in ("train", "val", "test")))
 
     def close(self, *, state: str, grace_s: float = 1.0) -> None:
         """End the workers and give the study up."""

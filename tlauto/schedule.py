@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tlauto import metrics
 from tlauto.config import SearchConfig
@@ -23,6 +23,14 @@ PROBE_EPOCHS = 150
 PROBE_PATIENCE = 15
 REFIT_PROBE_EPOCHS = 30
 PROBE_STRATEGY, PROBE_HEAD = "feature_extraction", "linear"
+
+
+class Sizes(NamedTuple):
+    """Images in each part of the split."""
+
+    train: int
+    val: int
+    test: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class Plan:
             folder=str(self.trial_folder(record.number)),
             cache=str(self.cache),
             purpose=record.attrs.get("purpose", "search"),
+            prove_above=None if trains else _to_beat(backbone, trials),
         )
 
     def trial_folder(self, number: int) -> Path:
@@ -150,6 +159,24 @@ def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, g
     return TrialSpec(**{**vars(spec), **values})
 
 
+def refit_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Sizes) -> float:
+    """Seconds that the refit of a trial and its test will take, from what was measured so far.
+
+    A trial that trained the backbone repeats its epochs on more images and runs once over the test
+    part, which is reckoned as one more epoch. A frozen one only needs the features of the test part.
+    """
+    seconds, epochs = float(trial.attrs.get("seconds", 0.0)), int(trial.attrs.get("epochs", 1))
+    learned = sizes.train + sizes.val
+    if trial.params.get("strategy") != PROBE_STRATEGY:
+        best = int(trial.attrs.get("best_epoch", epochs))
+        return seconds / max(1, epochs) * (best * learned / sizes.train + 1)
+    # The first trial on a backbone computed its features, the others found them.
+    same = [t for t in trials if t.params.get("backbone") == trial.params.get("backbone")]
+    frozen = [t for t in same if t.params.get("strategy") == PROBE_STRATEGY]
+    first = max((float(t.attrs.get("seconds", 0.0)) for t in frozen), default=seconds)
+    return seconds + first * sizes.test / learned
+
+
 def trial_seed(seed: int, number: int) -> int:
     """The seed of a trial: a function of the study's seed and the trial's number."""
     return random.Random(f"{seed}/trial/{number}").randrange(2**31)
@@ -173,12 +200,22 @@ def estimate(done: TrialDone, backbone: str, metric: str, trials: Sequence[Trial
     """
     if done.held_out is not None:
         return done.held_out
-    known = [t for t in trials if t.params.get("backbone") == backbone and "held_out" in t.attrs]
-    if not known:
+    reference = _reference(backbone, trials)
+    if reference is None:
         return done.score
-    reference = max(known, key=lambda trial: float(trial.attrs["held_out"])).attrs
     gain = done.score - float(reference["val_score"])
     return min(metrics.get(metric).best, float(reference["held_out"]) + gain)
+
+
+def _reference(backbone: str, trials: Sequence[TrialRecord]) -> Mapping[str, Any] | None:
+    """What is recorded of the best cross-validated trial on a backbone."""
+    known = [t.attrs for t in trials if t.params.get("backbone") == backbone and "held_out" in t.attrs]
+    return max(known, key=lambda attrs: float(attrs["held_out"]), default=None)
+
+
+def _to_beat(backbone: str, trials: Sequence[TrialRecord]) -> float | None:
+    reference = _reference(backbone, trials)
+    return float(reference["val_score"]) if reference else None
 
 
 def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:

@@ -125,6 +125,9 @@ def _write_bundle(job: WriteBundle, device: str) -> BundleDone:
         done=job.done,
         evaluated_on=job.evaluated_on,
         comparison=job.comparison,
+        members=[(Path(folder), weight) for folder, weight in job.members],
+        weight=job.weight,
+        alone=job.alone,
     )
     return BundleDone(job.folder, job.spec.number)
 

@@ -53,6 +53,7 @@ def _weights(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="How much to spend.  [default: balanced]")
 @click.option("--devices", metavar="auto|cpu|cuda:0,…", help="Where trials run.  [default: auto]")
 @click.option("--workers", type=int, metavar="N", help="Worker processes; 0 runs in this process.")
+@click.option("--ensemble", type=int, metavar="N", help="Most models that answer together.  [default: 4]")
 @click.option("--seed", type=int, metavar="N", help="Seed of everything.  [default: 0]")
 @click.option(
     "--weights", multiple=True, callback=_weights, metavar="ID=PATH", help="Weights file of a backbone."

@@ -79,6 +79,7 @@ def result_json(search: Search) -> dict[str, Any]:
         "model": str(search.model) if search.model.is_dir() else None,
         "test": search.test,
         "comparison": search.comparison,
+        "members": search.members,
     }
 
 
@@ -122,6 +123,11 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
         for place, name in enumerate(shown):
             start = "test" if place == 0 else ""
             console.print(f"{start:<9} {name} {_interval(test[name])}", markup=False)
+    if len(search.members) > 1:
+        weights = ", ".join(f"{weight:.2f}" for weight in search.members.values())
+        console.print(
+            f"ensemble  {len(search.members)} models answer together, weights {weights}", markup=False
+        )
     for line in _comparison_lines(search.comparison):
         console.print(line, markup=False)
     if search.model.is_dir():

@@ -48,8 +48,10 @@ class WriteBundle:
     """Write a finished trial as a model bundle.
 
     Attributes:
-        metrics: as in `TrialDone.metrics`, measured on `evaluated_on`.
-        note: a sentence for the model card, or empty.
+        done: its metrics are those of all that answers together, measured on `evaluated_on`.
+        members: folders of further bundles that answer with it, each with its weight.
+        weight: its own.
+        alone: its own metrics when there are members.
     """
 
     spec: TrialSpec
@@ -58,6 +60,9 @@ class WriteBundle:
     folder: str
     evaluated_on: str
     comparison: Mapping[str, Any] | None = None
+    members: tuple[tuple[str, float], ...] = ()
+    weight: float = 1.0
+    alone: Mapping[str, Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,8 @@ def _restore(kind: Any, data: dict[str, Any]) -> Message:
         data["weights"] = WeightsOptions(**data["weights"])
     if kind is PreflightDone:
         data["candidates"] = tuple(_candidate(entry) for entry in data["candidates"])
+    if kind is WriteBundle:
+        data["members"] = tuple((folder, weight) for folder, weight in data["members"])
     for name in ("patterns", "unmatched"):
         if name in data:
             data[name] = tuple(data[name])

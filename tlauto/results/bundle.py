@@ -7,8 +7,9 @@ bundle.predict(["photo.jpg"])[0].label
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,15 @@ from tlauto.errors import ConfigError, DataError
 from tlauto.plugins import Registry, loaded_libraries, registry
 from tlauto.results.card import write_card
 from tlauto.results.files import own_file, replaced_folder, sha256
-from tlauto.results.manifest import MANIFEST_FILE, DatasetFacts, Manifest, portable, read_manifest
+from tlauto.results.manifest import (
+    MANIFEST_FILE,
+    DatasetFacts,
+    Ensemble,
+    Manifest,
+    Metrics,
+    portable,
+    read_manifest,
+)
 from tlauto.results.network import (
     build_network,
     check_probe,
@@ -29,6 +38,7 @@ from tlauto.results.network import (
     save_tensors,
 )
 from tlauto.results.prediction import Prediction, prediction
+from tlauto.results.together import Answering, Together
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 FITTED_FILE = "fitted.txt"
 CARD_FILE = "README.md"
+MEMBERS = "members"
 
 
 class Bundle:
@@ -49,7 +60,7 @@ class Bundle:
         manifest: what is known of it.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, predictor: Predictor) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, predictor: Answering) -> None:
         self.folder = folder
         self.manifest = manifest
         self._predictor = predictor
@@ -108,6 +119,9 @@ def save_bundle(
     done: TrialDone,
     evaluated_on: str,
     comparison: Mapping[str, Any] | None = None,
+    members: Sequence[tuple[Path, float]] = (),
+    weight: float = 1.0,
+    alone: Metrics | None = None,
 ) -> Manifest:
     """Write a trained model as a bundle, whole or not at all, over an older bundle if there is one.
 
@@ -115,9 +129,10 @@ def save_bundle(
         done: of the trial, with its metrics measured on `evaluated_on`.
         comparison: against the default recipe, on the same images: "metric", "gain", "low", "high",
             "significant"; or "default_is_winner".
+        members: bundles that are copied into this one and answer with it, each with its weight.
+        weight, alone: this model's own weight and metrics; all weights add up to 1.
 
-    Returns: the manifest written. Raises: ConfigError when the folder cannot be written or holds
-    something else.
+    Raises: ConfigError when the folder cannot be written or holds something else.
     """
     folder = Path(folder)
     with replaced_folder(folder) as new:
@@ -134,18 +149,27 @@ def save_bundle(
             sha256=sha256(new / WEIGHTS_FILE),
             probe=_probe(classifier),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            versions={
-                "tlauto": importlib.metadata.version("tlauto"),
-                **(done.versions or loaded_libraries()),
-            },
+            versions={"tlauto": version("tlauto"), **(done.versions or loaded_libraries())},
             provenance=done.provenance,
             comparison=comparison,
+            ensemble=_take_in(new, members, weight, alone or done.metrics) if members else None,
         )
-        fitted = sorted({item.sha256 for item in dataset.part(*spec.fit_on)})
-        (new / FITTED_FILE).write_text("".join(f"{digest}\n" for digest in fitted), encoding="utf-8")
+        fitted = {f"{item.sha256}\n" for item in dataset.part(*spec.fit_on)}
+        (new / FITTED_FILE).write_text("".join(sorted(fitted)), encoding="utf-8")
         (new / CARD_FILE).write_text(write_card(manifest, name=folder.name), encoding="utf-8")
         (new / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _take_in(folder: Path, members: Sequence[tuple[Path, float]], weight: float, alone: Metrics) -> Ensemble:
+    """Copy the members into `folder`, and what is to be known of them."""
+    weights: dict[str, float] = {}
+    for number, (source, share) in enumerate(members, start=1):
+        require_bundle(source)
+        name = f"{MEMBERS}/{number}"
+        shutil.copytree(source, folder / name)
+        weights[name] = share
+    return Ensemble(weight, weights, alone)
 
 
 def _probe(classifier: Classifier) -> tuple[float, ...]:
@@ -176,6 +200,28 @@ def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | 
     folder = Path(folder)
     require_bundle(folder)
     manifest = read_manifest(own_file(folder, MANIFEST_FILE))
+    plugins = plugins or registry()
+    predictor: Answering = _load_network(folder, manifest, device, plugins)
+    if manifest.ensemble is not None:
+        predictors = [predictor, *_load_members(folder, manifest, device, plugins)]
+        predictor = Together(predictors, [manifest.ensemble.weight, *manifest.ensemble.members.values()])
+    return Bundle(folder, manifest, predictor)
+
+
+def _load_members(folder: Path, manifest: Manifest, device: str, plugins: Registry) -> list[Predictor]:
+    assert manifest.ensemble is not None
+    predictors = []
+    for name in manifest.ensemble.members:
+        place = own_file(folder, f"{name}/{MANIFEST_FILE}").parent
+        member = read_manifest(place / MANIFEST_FILE)
+        if (member.task, member.labels) != (manifest.task, manifest.labels) or member.ensemble is not None:
+            raise DataError(f"{place} does not belong to the model bundle {folder}; copy the bundle again")
+        predictors.append(_load_network(place, member, device, plugins))
+    return predictors
+
+
+def _load_network(folder: Path, manifest: Manifest, device: str, plugins: Registry) -> Predictor:
+    """What answers in one bundle, checked; members are not looked at."""
     file = own_file(folder, WEIGHTS_FILE)
     if sha256(file) != manifest.sha256:
         raise DataError(
@@ -183,8 +229,8 @@ def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | 
             f"bundle again from where it was made"
         )
     place = find_device(device)
-    classifier = build_network(folder, file, manifest, plugins or registry())
+    classifier = build_network(folder, file, manifest, plugins)
     load_tensors(classifier, file)
     classifier.to(place).eval()
     check_probe(folder, manifest.probe, probe(classifier, manifest.input, place))
-    return Bundle(folder, manifest, make_predictor(classifier, manifest, place))
+    return make_predictor(classifier, manifest, place)

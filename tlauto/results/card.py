@@ -111,12 +111,29 @@ def _training(manifest: Manifest) -> str:
         ("seed", str(spec.seed)),
         *((name, _scalar(value)) for name, value in sorted(spec.params.items())),
     ]
+    if manifest.ensemble is not None:
+        facts.insert(0, ("weight", _number(manifest.ensemble.weight)))
     sources = [(what, source) for what, source in sorted(manifest.provenance.items())]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
-    parts = [_table(("setting", "value"), facts)]
+    parts = [*_members(manifest), _table(("setting", "value"), facts)]
     if sources:
         parts.append(_table(("part", "comes from"), sources))
     return "\n\n".join([*parts, f"Made with {versions}."] if versions else parts)
+
+
+def _members(manifest: Manifest) -> list[str]:
+    """Who answers, where several do."""
+    found = manifest.ensemble
+    if found is None:
+        return []
+    shares = ", ".join(f"`{name}` {_number(weight)}" for name, weight in found.members.items())
+    chosen = manifest.spec.metric
+    alone = _number(found.alone.get(chosen, {}).get("value"))
+    return [
+        f"{1 + len(found.members)} models answer together, by the weighted mean of their answers. Further "
+        f"ones and their weights: {shares}; each folder is a bundle that also works by itself. The one "
+        f"described here has a {TITLES.get(chosen, chosen)} of {alone} alone."
+    ]
 
 
 def _limits(manifest: Manifest) -> str:

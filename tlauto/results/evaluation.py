@@ -28,7 +28,7 @@ def evaluate(
     split: str = "test",
     label_column: str | None = None,
     path_column: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Metrics of a bundle on a dataset, as plain data.
 
@@ -36,7 +36,7 @@ def evaluate(
         data: folder or manifest, as for a search.
         split: `test` takes the test part if the dataset has one, else the images that the model
             was not fitted on; `all` takes every image.
-        seed: of the bootstrap.
+        seed: of the bootstrap; by default the one that the recorded test result was measured with.
 
     Returns: `data`, `task`, `split`, `images` (measured), `fitted_images` (of those, how many the
     model was fitted on: above 0 the figures are too good), `unreadable` (path and reason of those
@@ -48,6 +48,7 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"no split '{split}'{did_you_mean(split, SPLITS)}; choose test or all")
     task = bundle.manifest.task
+    seed = bundle.manifest.spec.seed if seed is None else seed
     raw = read(data, label_column=label_column, path_column=path_column, task=task)
     records, is_fitted = _chosen(bundle, raw, split)
     targets = _targets(bundle, raw, records)

@@ -1,10 +1,11 @@
-"""The end of a search: refit the winner and the default recipe, test each once, compare, bundle."""
+"""The end of a search: refit what answers together and the default recipe, test once, compare, bundle."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ from tlauto.events import Emit, Said, Working
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Message, Note, RunTrial, WriteBundle
 from tlauto.prepare import Session
-from tlauto.schedule import best_trial, refit_spec
+from tlauto.results import ensemble
+from tlauto.schedule import PROBE_STRATEGY, best_trial, refit_seconds, refit_spec
 from tlauto.study import TrialRecord
 
-WINNER, DEFAULT = -1, -2
-"""Numbers of the two refits, which are no trials of the study."""
+Metrics = Mapping[str, Mapping[str, float]]
+
+WINNER, DEFAULT, MEMBER = -1, -2, -3
+"""Numbers of the refits, which are no trials of the study; further members count down from `MEMBER`."""
+
+
+@dataclass(frozen=True)
+class _Refit:
+    """A trial that is fitted again on all images outside the test part."""
+
+    trial: TrialRecord
+    spec: TrialSpec
+    weight: float = 0.0
 
 
 def finish(session: Session, *, emit: Emit, interrupted: threading.Event) -> None:
@@ -34,17 +47,29 @@ def finish(session: Session, *, emit: Emit, interrupted: threading.Event) -> Non
     model = session.store.model(session.name)
     if model and model["trial"] == best.number and model["evaluated_on"] == "test":
         return
-    emit(Working("refitting the winner on train and validation, then testing it once"))
-    specs = _refits(session, best)
-    results = _run(session, {spec.number: RunTrial(spec) for spec in specs.values()}, emit, interrupted)
+    members, default = _refits(session, best)
+    emit(Working(_what(members)))
+    specs = [refit.spec for refit in (*members, default) if refit]
+    results = _run(session, {spec.number: RunTrial(spec) for spec in specs}, emit, interrupted)
     if interrupted.is_set():
         return
     done = results.get(WINNER)
     if not isinstance(done, TrialDone):
         emit(Said(f"the refit failed ({_why(done)}); the model is the best trial's, measured on validation"))
         return
-    comparison = _compare(session, specs, results, best)
-    _bundle(session, specs["winner"], done, best, comparison, emit, interrupted)
+    members = _that_worked(members, results, emit)
+    alone, answers = done.metrics, _answers(members)
+    if len(members) > 1:
+        found = metrics.compute_all(
+            session.plan.task,
+            answers["targets"],
+            answers["predictions"],
+            intervals=True,
+            seed=members[0].spec.seed,
+        )
+        done = dataclasses.replace(done, metrics=found)
+    comparison = _compare(session, answers, default, results)
+    _bundle(session, members, results, done, alone, comparison, emit, interrupted)
 
 
 def bundle_job(session: Session, spec: TrialSpec, done: TrialDone) -> WriteBundle:
@@ -53,21 +78,70 @@ def bundle_job(session: Session, spec: TrialSpec, done: TrialDone) -> WriteBundl
     return WriteBundle(spec, done, session.infos[spec.backbone], str(folder), spec.evaluate_on)
 
 
-def _refits(session: Session, best: TrialRecord) -> dict[str, TrialSpec]:
-    folder = session.plan.folder / "refit"
-    specs = {"winner": _refit(session, best, WINNER, folder / "winner")}
+def _refits(session: Session, best: TrialRecord) -> tuple[list[_Refit], _Refit | None]:
+    """What answers together, the winner first, and the default recipe unless it is the winner."""
+    trials = {trial.number: trial for trial in session.study.trials()}
+    weights = _weights(session, best, list(trials.values()))
+    members = [
+        _refit(session, trials[number], WINNER if place == 0 else MEMBER - place + 1, weight)
+        for place, (number, weight) in enumerate(weights.items())
+    ]
     default = _default_trial(session)
-    if default and default.number != best.number:
-        specs["default"] = _refit(session, default, DEFAULT, folder / "default")
-    return specs
+    if default is None:
+        return members, None
+    for member in members:
+        if member.trial.number == default.number:
+            return members, member if len(members) > 1 else None
+    return members, _refit(session, default, DEFAULT)
 
 
-def _refit(session: Session, trial: TrialRecord, number: int, folder: Path) -> TrialSpec:
+def _weights(session: Session, best: TrialRecord, trials: Sequence[TrialRecord]) -> dict[int, float]:
+    """Weights of the trials that answer together, by number, the winner first."""
+    most = session.config.ensemble
+    able = [trial for trial in ensemble.candidates(_proven(trials)) if trial.number != best.number]
+    limit = session.config.time_s
+    if limit is not None:
+        # What was held back for the end of the search is for the winner and the default recipe.
+        able = [t for t in able if refit_seconds(t, trials, session.sizes) <= 0.02 * limit]
+    if most < 2 or not able or best.state != "complete":
+        return {best.number: 1.0}
+    folders = {trial.number: session.plan.trial_folder(trial.number) for trial in [best, *able]}
+    library = ensemble.read_library(folders)
+    if best.number not in library.answers:
+        return {best.number: 1.0}
+    return ensemble.select(session.plan.task, library, first=best.number, most=most)
+
+
+def _proven(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Without frozen trials that were not even worth cross-validating."""
+    return [t for t in trials if "held_out" in t.attrs or t.params.get("strategy") != PROBE_STRATEGY]
+
+
+def _refit(session: Session, trial: TrialRecord, number: int, weight: float = 0.0) -> _Refit:
     row = session.store.trials(session.name)[trial.number]
     spec, done = spec_from_json(row["spec"]), TrialDone(**row["result"])
     train, both = len(session.dataset.part("train")), len(session.dataset.part("train", "val"))
     spec = dataclasses.replace(spec, dataset=session.plan.dataset_file, cache=str(session.plan.cache))
-    return refit_spec(spec, done, number=number, folder=folder, growth=both / train)
+    name = {WINNER: "winner", DEFAULT: "default"}.get(number, f"member-{trial.number}")
+    folder = session.plan.folder / "refit" / name
+    return _Refit(trial, refit_spec(spec, done, number=number, folder=folder, growth=both / train), weight)
+
+
+def _what(members: Sequence[_Refit]) -> str:
+    if len(members) == 1:
+        return "refitting the winner on train and validation, then testing it once"
+    return f"refitting {len(members)} trials that answer together, then testing them once"
+
+
+def _that_worked(members: Sequence[_Refit], results: Mapping[int, Message], emit: Emit) -> list[_Refit]:
+    """The members whose refit ended, their weights adding up to 1 again."""
+    worked = [m for m in members if isinstance(results.get(m.spec.number), TrialDone)]
+    for member in members:
+        if member not in worked:
+            why = _why(results.get(member.spec.number))
+            emit(Said(f"trial {member.trial.number} could not be refitted and is left out: {why}"))
+    total = sum(member.weight for member in worked)
+    return [dataclasses.replace(member, weight=member.weight / total) for member in worked]
 
 
 def _default_trial(session: Session) -> TrialRecord | None:
@@ -85,22 +159,29 @@ def _default_trial(session: Session) -> TrialRecord | None:
     return None
 
 
+def _answers(members: Sequence[_Refit]) -> dict[str, Any]:
+    """Targets of the test part, and what the members answer together."""
+    saved = [_predictions(member.spec) for member in members]
+    together = ensemble.mean([file["predictions"] for file in saved], [m.weight for m in members])
+    return {"targets": saved[0]["targets"], "predictions": together}
+
+
 def _compare(
-    session: Session, specs: Mapping[str, TrialSpec], results: Mapping[int, Message], best: TrialRecord
+    session: Session, answers: Mapping[str, Any], default: _Refit | None, results: Mapping[int, Message]
 ) -> dict[str, Any] | None:
-    """Winner against default recipe on the test part: gain, interval, significant or not."""
-    if "default" not in specs:
+    """The model against the default recipe on the test part: gain, interval, significant or not."""
+    if default is None:
         return {"default_is_winner": True} if _default_trial(session) else None
-    default = results.get(DEFAULT)
-    if not isinstance(default, TrialDone):
+    done = results.get(default.spec.number)
+    if not isinstance(done, TrialDone):
         return None
-    winner, other = (_predictions(specs[name]) for name in ("winner", "default"))
+    other = _predictions(default.spec)
     gain = metrics.compare(
-        session.plan.metric, winner["targets"], winner["predictions"], other["predictions"]
+        session.plan.metric, answers["targets"], answers["predictions"], other["predictions"]
     )
-    spec = specs["default"]
+    spec = default.spec
     recipe = {"backbone": spec.backbone, "strategy": spec.strategy, "head": spec.head}
-    return {"metric": session.plan.metric, **gain, "default": {**recipe, "metrics": dict(default.metrics)}}
+    return {"metric": session.plan.metric, **gain, "default": {**recipe, "metrics": dict(done.metrics)}}
 
 
 def _predictions(spec: TrialSpec) -> dict[str, Any]:
@@ -111,18 +192,38 @@ def _predictions(spec: TrialSpec) -> dict[str, Any]:
 
 
 def _bundle(
-    session: Session, spec: TrialSpec, done: TrialDone, best: TrialRecord,
-    comparison: Mapping[str, Any] | None, emit: Emit, interrupted: threading.Event,
+    session: Session, members: Sequence[_Refit], results: Mapping[int, Message], done: TrialDone,
+    alone: Metrics, comparison: Mapping[str, Any] | None, emit: Emit, interrupted: threading.Event,
 ) -> None:  # fmt: skip
-    job = dataclasses.replace(bundle_job(session, spec, done), comparison=comparison)
+    """Write each further member as a bundle of its own, then the winner's with all of them inside."""
+    winner, others = members[0], members[1:]
+    jobs: dict[int, Message] = {}
+    for member in others:
+        fitted = results[member.spec.number]
+        assert isinstance(fitted, TrialDone)
+        job = bundle_job(session, member.spec, fitted)
+        jobs[member.spec.number] = dataclasses.replace(job, folder=str(Path(member.spec.folder) / "model"))
+    written = _run(session, jobs, emit, interrupted)
+    if interrupted.is_set():
+        return
+    for number, message in written.items():
+        if not isinstance(message, BundleDone):
+            raise TlautoError(f"the model could not be written to {jobs[number]}: {_why(message)}")
+    job = dataclasses.replace(
+        bundle_job(session, winner.spec, done),
+        comparison=comparison,
+        members=tuple((str(Path(m.spec.folder) / "model"), m.weight) for m in others),
+        weight=winner.weight,
+        alone=alone if others else None,
+    )
     result = _run(session, {WINNER: job}, emit, interrupted).get(WINNER)
     if interrupted.is_set():
         return
     if not isinstance(result, BundleDone):
         raise TlautoError(f"the model could not be written to {job.folder}: {_why(result)}")
     session.store.add_model(
-        session.name, trial=best.number, folder=job.folder, evaluated_on="test", metrics=done.metrics,
-        comparison=comparison,
+        session.name, trial=winner.trial.number, folder=job.folder, evaluated_on="test",
+        metrics=done.metrics, comparison=comparison,
     )  # fmt: skip
 
 

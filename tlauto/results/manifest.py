@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from tlauto.data.dataset import Dataset
 from tlauto.errors import ConfigError, DataError
 
 FORMAT = "tlauto model bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: `ensemble`; written only where there is one, so that older versions read the rest
 MANIFEST_FILE = "tlauto.json"
 TASKS = ("multiclass", "multilabel", "regression")
 
@@ -44,6 +45,21 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
+class Ensemble:
+    """Bundles inside a bundle that answer with it: the weighted mean of all answers.
+
+    Attributes:
+        weight: of the bundle itself; all weights add up to 1.
+        members: folder inside the bundle, such as `members/1`, to weight.
+        alone: metrics of the bundle itself, without the others.
+    """
+
+    weight: float
+    members: Mapping[str, float]
+    alone: Metrics
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of `tlauto.json`.
 
@@ -55,6 +71,7 @@ class Manifest:
         spec: the trial that made the model, without paths of the machine it ran on.
         metrics: name to {"value", "low", "high"}, a 95 % interval, measured on `evaluated_on`.
         comparison: the model against the default recipe, when both were tested.
+        ensemble: further bundles that answer with it; `metrics` are then those of all together.
         versions: distribution to version; provenance: what came from which plugin.
         sha256: of the tensors' file.
         probe: the network's outputs for a fixed image, compared when it is built again.
@@ -75,10 +92,11 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     comparison: Mapping[str, Any] | None = None
+    ensemble: Ensemble | None = None
 
     def to_json(self) -> str:
         """The manifest as indented JSON; `read_manifest` reads it."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION if self.ensemble else 1}
         data = {**head, **dataclasses.asdict(self), "spec": json.loads(to_json(portable(self.spec)))}
         return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -150,7 +168,20 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         versions=_texts(data, "versions"),
         provenance=_texts(data, "provenance"),
         comparison=_mapping(data, "comparison") if data.get("comparison") is not None else None,
+        ensemble=_ensemble(_mapping(data, "ensemble")) if data.get("ensemble") is not None else None,
     )
+
+
+def _ensemble(data: Mapping[str, Any]) -> Ensemble:
+    members = {name: float(weight) for name, weight in _mapping(data, "members").items()}
+    for name in members:
+        if not re.fullmatch(r"members/[0-9]{1,3}", name):
+            raise ValueError(f"'ensemble.members' names the folder {name!r}")
+    weights = [float(data["weight"]), *members.values()]
+    if not members or min(weights) <= 0 or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+        raise ValueError(f"'ensemble' has the weights {weights}, which must be positive and add up to 1")
+    alone = {name: _interval(name, value) for name, value in _mapping(data, "alone").items()}
+    return Ensemble(weights[0], members, alone)
 
 
 def _input(data: Mapping[str, Any]) -> ImageInput:

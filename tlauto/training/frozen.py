@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tlauto.contracts import EpochResult
@@ -13,19 +14,26 @@ from tlauto.errors import Diverged
 from tlauto.training.batches import Stream
 from tlauto.training.checkpoint import start_from
 from tlauto.training.features import sample_indices
+from tlauto.training.linear import FOLDS
 from tlauto.training.model import Readout, build_readout
 from tlauto.training.optim import head_groups, make_optimizer, set_rates
 from tlauto.training.rows import Rows
+from tlauto.training.seeding import seed_everything
 from tlauto.training.solved import solve_head
 from tlauto.training.trial import Best, Fitted, Trial
 
 EVAL_ROWS = 1024
 
+AFFORDABLE = 2e10
+"""Multiply-adds of forward passes that cross-validating a head may take in all: seconds on a CPU."""
+
 
 def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     """Train the trial's head and return its best epoch; `on_epoch` hears of the last one only.
 
-    Such a trial takes about a second, so there is nothing to gain by pruning it.
+    Such a trial takes about a second, so there is nothing to gain by pruning it. One that does better
+    on validation than `prove_above` is cross-validated as well: of many heads that are tried, the one
+    that looks best on a small part is mostly the luckiest.
     """
     started = time.perf_counter()
     spec = trial.spec
@@ -42,10 +50,14 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
         on_epoch(EpochResult(spec.number, 1, found.score, train_loss, found.loss, seconds))
         return fitted
     best, train_loss = _epochs(readout, trial, *rows)
-    winner, seconds = best.winner, time.perf_counter() - started
+    winner, claimed = best.winner, spec.prove_above
+    is_claim = trial.selects and claimed is not None and winner.score >= claimed
+    numbers = sum(parameter.numel() for parameter in readout.head.parameters())
+    is_cheap = numbers * len(train) * best.epoch * FOLDS <= AFFORDABLE
+    held_out = _cross_validated(trial, rows[0], best.epoch) if is_claim and is_cheap else None
+    seconds = time.perf_counter() - started
     on_epoch(EpochResult(spec.number, best.seen, winner.score, train_loss, winner.loss, seconds))
-    trainable = sum(parameter.numel() for parameter in readout.head.parameters())
-    return Fitted(best.epoch, winner, best.state, readout.kind, best.seen, trainable)
+    return Fitted(best.epoch, winner, best.state, readout.kind, best.seen, numbers, held_out=held_out)
 
 
 def _initialise(readout: Readout, trial: Trial, train: torch.Tensor) -> None:
@@ -59,36 +71,65 @@ def _initialise(readout: Readout, trial: Trial, train: torch.Tensor) -> None:
 
 def _epochs(readout: Readout, trial: Trial, train: Rows, valid: Rows) -> tuple[Best, float]:
     """Train epoch by epoch. Returns the best epoch and the last one's training loss."""
+    spec, best, train_loss = trial.spec, Best(trial.spec.patience), 0.0
+    everything = torch.arange(len(train))
+    for epoch, loss in _losses(readout, trial, train, everything):
+        train_loss = loss
+        if trial.selects or epoch == spec.epochs:
+            best.add(epoch, trial.evaluate(_logits(readout, valid), epoch), readout)
+        if best.is_stale:
+            break
+    return best, train_loss
+
+
+def _losses(readout: Readout, trial: Trial, train: Rows, among: torch.Tensor) -> Iterator[tuple[int, float]]:
+    """Train on some rows; after each epoch its number (from 1) and mean loss. Raises: Diverged."""
     spec, settings = trial.spec, trial.settings
     targets = torch.from_numpy(trial.train_targets).to(trial.device)
     optimizer = make_optimizer(head_groups(readout.head, settings), settings)
-    batch = min(settings.batch_size, len(train))
-    steps = max(1, round(len(train) / batch))
-    stream, best, train_loss = Stream(len(train), spec.seed), Best(spec.patience), 0.0
-    for epoch in range(spec.epochs):
+    batch = min(settings.batch_size, len(among))
+    steps = max(1, round(len(among) / batch))
+    stream = Stream(len(among), spec.seed)
+    for epoch in range(1, spec.epochs + 1):
         readout.train()
         total = torch.zeros((), device=trial.device)
         for step in range(steps):
-            set_rates(optimizer, epoch * steps + step, spec.epochs * steps, settings.warmup)
-            rows = torch.tensor(stream.take(batch))
+            set_rates(optimizer, (epoch - 1) * steps + step, spec.epochs * steps, settings.warmup)
+            rows = among[torch.tensor(stream.take(batch))]
             logits = readout.answer(train.take(rows))  # (B, K)
             loss = trial.loss(logits, targets[rows.to(trial.device)])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             total += loss.detach()
-        train_loss = total.item() / steps
         if not torch.isfinite(total):
-            raise Diverged(f"the training loss became {train_loss} in epoch {epoch + 1}", epoch=epoch + 1)
-        if trial.selects or epoch + 1 == spec.epochs:
-            best.add(epoch + 1, trial.evaluate(_logits(readout, valid), epoch + 1), readout)
-        if best.is_stale:
-            break
-    return best, train_loss
+            raise Diverged(f"the training loss became {total.item()} in epoch {epoch}", epoch=epoch)
+        yield epoch, total.item() / steps
+
+
+def _cross_validated(trial: Trial, train: Rows, epochs: int) -> np.ndarray | None:
+    """Predictions (N, …) for the training rows, each by a head trained as long on the other folds."""
+    folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed)
+    if len(torch.unique(folds)) < 2:
+        return None
+    outputs = torch.empty(len(folds), trial.num_outputs)
+    for fold in torch.unique(folds):
+        seed_everything(trial.spec.seed)
+        readout = build_readout(trial.source.facts.shape, trial.head, trial.settings.head, trial.num_outputs)
+        if trial.task.name == "regression":
+            readout.output.measure(torch.from_numpy(trial.train_targets))
+        readout.to(trial.device)
+        learned, held_out = torch.nonzero(folds != fold)[:, 0], torch.nonzero(folds == fold)[:, 0]
+        for epoch, _ in _losses(readout, trial, train, learned):
+            if epoch == epochs:
+                break
+        outputs[held_out] = _logits(readout, train, held_out).float().cpu()
+    return trial.task.predict(outputs.numpy())
 
 
 @torch.inference_mode()
-def _logits(readout: Readout, rows: Rows) -> torch.Tensor:
+def _logits(readout: Readout, rows: Rows, among: torch.Tensor | None = None) -> torch.Tensor:
+    """Outputs (n, K) for some rows, all by default."""
     readout.eval()
-    blocks = torch.split(torch.arange(len(rows)), EVAL_ROWS)
+    blocks = torch.split(torch.arange(len(rows)) if among is None else among, EVAL_ROWS)
     return torch.cat([readout.answer(rows.take(block)) for block in blocks])
