@@ -1,9 +1,10 @@
 """What lies in the cache folder, how large it may become, and what is deleted first.
 
-Under `<cache>/pixels`, `features` and `prefixes`, an array of key K (32 hexadecimal digits) is `K.npy` with
-its sidecar `K.json`, or `K.part` and `K.journal` while it is computed; `K.lock` is locked by the process
-that computes it, `K.npy` itself by all that use it (`tlauto.training.arrays` writes them). Only files of
-such names are ever deleted, and none that a living process has locked.
+Under `<cache>/pixels`, `features`, `prefixes` and `engines` (converted networks, as bytes), an array of
+key K (32 hexadecimal digits) is `K.npy` with its sidecar `K.json`, or `K.part` and `K.journal` while it is
+computed; `K.lock` is locked by the process that computes it, `K.npy` itself by all that use it
+(`tlauto.training.arrays` writes them). Only files of such names are ever deleted, and none that a living
+process has locked.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Entry:
 
     Attributes:
         path: the array's file once it is complete.
-        kind: `pixels`, `features`, `prefixes` or `checks`.
+        kind: `pixels`, `features`, `prefixes`, `engines` or `checks`.
         files: all its files, sidecar and lock included.
         bytes: of these files now.
         reserved: bytes that it will take when it is complete; `bytes` unless it is unfinished.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import environment
 
 from tlauto.caches import clear, entries
 from tlauto.contracts import Backbone, TrialSpec, WeightsOptions
@@ -287,6 +288,31 @@ def test_wrong_images_are_an_error_of_pytorch(tmp_path: Path) -> None:
     run(images(load(RESNET)))
     with pytest.raises(RuntimeError, match="channels"):
         run(torch.zeros(2, 5, 160, 160))
+
+
+# --- measured ---------------------------------------------------------------------------------------
+
+
+def test_the_engines_are_measured_side_by_side(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
+    make_patches(tmp_path / "patches")
+    bench = Path(__file__).parents[2] / "bench" / "forward.py"
+    options = ["--quick", "--no-pretrained", "--data=patches", "--images=12", "--rounds=2", "--threads=1"]
+    done = subprocess.run(
+        [sys.executable, str(bench), *options, "--backbone", RESNET],
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["failed"] == {}
+    measured = found["engines"]
+    assert {"plain script: NCHW", "NCHW", "pytorch", "openvino", "onnxruntime"} < measured.keys()
+    assert all(0 <= engine["difference"] < 1e-4 for engine in measured.values())
+    rates = {name: engine["images_per_s"] for name, engine in measured.items()}
+    best = max(rate for name, rate in rates.items() if name != "plain script: NCHW")
+    assert found["engine_ratio"] == pytest.approx(rates[found["chosen"]] / best, abs=0.01)
+    ratio = rates[found["chosen"]] / rates["plain script: NCHW"]
+    assert found["nchw_ratio"] == pytest.approx(ratio, rel=0.01)
+    assert not (tmp_path / "cache").exists(), "it works in a cache of its own"
 
 
 # --- in the trials ----------------------------------------------------------------------------------
