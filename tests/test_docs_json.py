@@ -15,6 +15,7 @@ from tests_support import TINY, run
 DOCUMENT = Path(__file__).parents[1] / "docs" / "json.md"
 TYPES: Mapping[str, type | tuple[type, ...]] = {
     "text": str, "boolean": bool, "integer": int, "number": (int, float), "object": dict, "metrics": dict,
+    "values": dict,
     "trial": dict, "list": list, "null": type(None),
 }  # fmt: skip
 BACKBONE = TINY[1]
@@ -102,6 +103,10 @@ def is_of(value: Any, type_: str) -> bool:
     if isinstance(value, bool):
         return "boolean" in kinds
     if "metrics" in kinds and value is not None and not are_metrics(value):
+        return False
+    if "values" in kinds and not are_metrics(
+        {name: entry for name, entry in value.items() if len(entry) > 1}
+    ):
         return False
     if "list" in kinds and type_.strip().endswith(("of text", "of paths")) and isinstance(value, Sequence):
         inner = [item for entry in value for item in (entry if isinstance(entry, list) else [entry])]

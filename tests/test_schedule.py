@@ -12,6 +12,7 @@ import pytest
 from tlauto.builtin.tasks import task
 from tlauto.config import SearchConfig
 from tlauto.contracts import TrialDone, TrialSpec
+from tlauto.pace import Sizes
 from tlauto.plugins import registry
 from tlauto.schedule import (
     KEEP_TOP,
@@ -52,7 +53,7 @@ def make_plan(tmp_path: Path) -> MakePlan:
         )
         return Plan(
             SearchConfig(data="images", **config), space, "multiclass", "accuracy", "dataset.json",
-            tmp_path, tmp_path / "cache", device,
+            tmp_path, tmp_path / "cache", device, Sizes(800, 200, 200),
         )  # fmt: skip
 
     return make

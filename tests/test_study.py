@@ -32,7 +32,7 @@ def url(tmp_path: Path) -> str:
 def test_only_kept_backbones_are_proposed(url: str) -> None:
     study, space = Study(url, "s", seed=1, create=True), make_space()
     for _ in range(15):
-        record = study.ask(space, kept=("timm:b", "keras:C"))
+        record = study.ask(space, kept={"backbone": ("timm:b", "keras:C")})
         assert record.params["backbone"] in ("timm:b", "keras:C")
         study.tell(record.number, 0.5 if record.params["backbone"] == "timm:b" else 0.9)
 

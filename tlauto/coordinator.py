@@ -10,12 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tlauto.config import SearchConfig
-from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, trains_backbone
+from tlauto.contracts import (
+    EpochResult,
+    FreezeStrategy,
+    TrialDone,
+    TrialFailed,
+    TrialSpec,
+    trains_backbone,
+)
 from tlauto.errors import TrialError, WorkerDied
 from tlauto.events import Emit, EpochEnded, Progress, Said, TrialEnded, TrialStarted, ignore
+from tlauto.pace import held_back
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
-from tlauto.prepare import Session, open_session
+from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
 from tlauto.schedule import best_trial, counts, estimate, rank
 from tlauto.study import INTERRUPTED
@@ -82,6 +90,7 @@ def _search(loop: _Loop) -> None:
             return
         for event in loop.session.pool.wait(0.25):
             _handle(loop, event)
+        _stop_late(loop)
         _save_time(loop, every_s=5.0)
     _cut_off(loop)
 
@@ -92,9 +101,13 @@ def _fill(loop: _Loop) -> None:
     for slot in session.pool.slots:
         if slot in loop.busy or not _may_start(loop):
             continue
-        trials = session.study.trials()
-        record = session.study.ask(session.plan.space, kept=session.plan.kept(trials))
-        spec = session.plan.spec(record, trials)
+        trials, left = session.study.trials(), seconds_left(loop)
+        probe = session.plan.next_probe(trials, spent=_spent(loop))
+        if probe is not None:
+            session.study.enqueue(without_fixed(probe, session.plan.space), purpose="probe")
+        kept = {"backbone": session.plan.kept(trials), "strategy": session.plan.affordable(trials, left)}
+        record = session.study.ask(session.plan.space, kept=kept)
+        spec = session.plan.spec(record, trials, left=left)
         session.store.start_trial(session.name, spec, slot)
         session.study.note(record.number, slot=slot, seed=spec.seed)
         loop.busy[slot] = _Job(spec, time.monotonic())
@@ -115,9 +128,11 @@ def seconds_left(loop: _Loop) -> float | None:
     limit = loop.session.config.time_s
     if limit is None:
         return None
-    best = best_trial(loop.session.study.trials())
-    refit = 1.3 * float(best.attrs.get("seconds", 0.0)) if best else 0.0
-    return limit - _spent(loop) - refit
+    session, trials = loop.session, loop.session.study.trials()
+    best = best_trial(trials)
+    number = best.number if best else None
+    end = held_back(trials, session.plan.sizes, best=number, members=session.config.ensemble)
+    return limit - _spent(loop) - end
 
 
 def _spent(loop: _Loop) -> float:
@@ -156,7 +171,7 @@ def _epoch(loop: _Loop, slot: str, job: _Job, result: EpochResult) -> None:
     session.store.add_epoch(session.name, result)
     should_prune = session.study.report(result.number, result.epoch, result.score)
     left = seconds_left(loop)
-    is_late = left is not None and left <= 0
+    is_late = left is not None and left <= result.seconds  # another epoch would not end in time
     session.pool.send(slot, Answer(go_on=not (should_prune or is_late)))
     loop.emit(EpochEnded(result.number, slot, result.epoch, result.score))
 
@@ -167,6 +182,9 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     before = best_trial(session.study.trials())
     facts = {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
     session.store.finish_trial(session.name, done)
+    if trains_backbone(_strategy(session, spec)):
+        images = spec.epoch_images or session.plan.sizes.train
+        facts["image_seconds"] = round(done.seconds / done.epochs / images, 6)
     score = estimate(done, spec.backbone, spec.metric, session.study.trials())
     if done.held_out is not None:
         facts["held_out"] = done.held_out
@@ -258,10 +276,33 @@ def _cut_off(loop: _Loop) -> None:
     for slot, job in list(loop.busy.items()):
         session.pool.kill(slot)
         if not job.is_bundle:
-            message = "the search was stopped during it"
-            session.store.fail_trial(session.name, job.spec.number, kind=INTERRUPTED, message=message)
-            session.study.fail(job.spec.number, kind=INTERRUPTED, message=message)
+            _interrupt(loop, job.spec, "the search was stopped during it")
     loop.busy.clear()
+
+
+def _stop_late(loop: _Loop) -> None:
+    """Cut off trials that run when the time is up; there is a best one to finish with.
+
+    They do not count: the same command with more time proposes them again.
+    """
+    left = seconds_left(loop)
+    if left is None or left > 0 or best_trial(loop.session.study.trials()) is None:
+        return
+    for slot, job in list(loop.busy.items()):
+        if not job.is_bundle:
+            loop.session.pool.kill(slot)
+            _interrupt(loop, job.spec, "the time was up during it")
+            del loop.busy[slot]
+
+
+def _interrupt(loop: _Loop, spec: TrialSpec, message: str) -> None:
+    session = loop.session
+    session.store.fail_trial(session.name, spec.number, kind=INTERRUPTED, message=message)
+    session.study.fail(spec.number, kind=INTERRUPTED, message=message)
+
+
+def _strategy(session: Session, spec: TrialSpec) -> FreezeStrategy:
+    return next(s for s in session.plan.space.strategies if s.name == spec.strategy)
 
 
 def _save_time(loop: _Loop, *, every_s: float = 0.0) -> None:

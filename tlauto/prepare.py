@@ -21,11 +21,12 @@ from tlauto.data import Dataset, load_dataset, memory_file
 from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Working
+from tlauto.pace import Sizes
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
 from tlauto.pool.inprocess import InProcessPool
 from tlauto.pool.local import LocalPool
-from tlauto.schedule import Plan, Sizes, counts
+from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store, storage_url
 from tlauto.study import INTERRUPTED, Study, check_name
@@ -43,11 +44,6 @@ class Session:
     infos: Mapping[str, BackboneInfo]
     plan: Plan
     pool: Pool
-
-    @property
-    def sizes(self) -> Sizes:
-        """Images in each part."""
-        return Sizes(*(len(self.dataset.part(part)) for part in ("train", "val", "test")))
 
     def close(self, *, state: str, grace_s: float = 1.0) -> None:
         """End the workers and give the study up."""
@@ -91,6 +87,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
             folder=out / name,
             cache=cache,
             device=slots[0].device,
+            sizes=Sizes(*(len(dataset.part(part)) for part in ("train", "val", "test"))),
         )
         if not stored:
             _create(store, name, plan, dataset, report, infos)
@@ -262,7 +259,7 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
     study = Study(store.url, name, seed=config.seed, create=True)
     if not study.trials():
         for params, purpose in plan.first_points(config.max_trials):
-            study.enqueue(_without_fixed(params, plan.space), purpose=purpose)
+            study.enqueue(without_fixed(params, plan.space), purpose=purpose)
     rows = store.trials(name)
     for number in study.requeue_interrupted():
         if number in rows:
@@ -276,7 +273,7 @@ def _write_dataset(plan: Plan, dataset: Dataset) -> None:
     Path(plan.dataset_file).write_text(dataset.to_json(), encoding="utf-8")
 
 
-def _without_fixed(params: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
+def without_fixed(params: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
     """Fixed values are not in the study's space, and Optuna would warn about them."""
     return {name: value for name, value in params.items() if name not in space.fixed}
 

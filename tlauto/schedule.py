@@ -7,11 +7,20 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tlauto import metrics
 from tlauto.config import SearchConfig
 from tlauto.contracts import TrialDone, TrialSpec, trains_backbone
+from tlauto.pace import (
+    FEWEST_EPOCHS,
+    FEWEST_IMAGES,
+    FIRST_PROBES,
+    PROBE_STRATEGY,
+    Sizes,
+    affordable_epochs,
+    may_screen,
+)
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
 from tlauto.study import TrialRecord
@@ -22,15 +31,7 @@ KEEP_TOP = 3
 PROBE_EPOCHS = 150
 PROBE_PATIENCE = 15
 REFIT_PROBE_EPOCHS = 30
-PROBE_STRATEGY, PROBE_HEAD = "feature_extraction", "linear"
-
-
-class Sizes(NamedTuple):
-    """Images in each part of the split."""
-
-    train: int
-    val: int
-    test: int
+PROBE_HEAD = "linear"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Plan:
     Attributes:
         device: kind of device the epochs are sized for, `cpu` or a GPU.
         folder: of the study.
+        sizes: images in each part.
     """
 
     config: SearchConfig
@@ -50,23 +52,40 @@ class Plan:
     folder: Path
     cache: Path
     device: str
+    sizes: Sizes
 
     def first_points(self, max_trials: int | None) -> list[tuple[dict[str, Scalar], str]]:
         """Points to run before the sampler: a probe a backbone, then the default recipe.
 
-        A small budget gets fewer probes: at most half of it, and none when it is one trial.
+        A small budget gets fewer probes: at most half of it, and none when it is one trial. With a
+        limit of time the first few come here, the others as `next_probe` allows.
         """
         probes = list(self.space.backbones) if self._can_probe() else []
         if max_trials is not None:
             probes = probes[: max_trials // 2]
-        points = [
-            (self.space.defaults(backbone=b, strategy=PROBE_STRATEGY, head=PROBE_HEAD), "probe")
-            for b in probes
-        ]
+        if self.config.time_s is not None:
+            probes = probes[:FIRST_PROBES]
+        points = [(self._probe(backbone), "probe") for backbone in probes]
         default = self.default_recipe()
         if default not in [point for point, _ in points]:
             points.append((default, "default"))
         return points
+
+    def next_probe(self, trials: Sequence[TrialRecord], *, spent: float) -> dict[str, Scalar] | None:
+        """A further backbone to screen, when a limit of time was set and there is time for it.
+
+        Args:
+            spent: active seconds so far.
+        """
+        limit, most = self.config.time_s, self.config.max_trials
+        if limit is None or not self._can_probe() or any(t.state == "waiting" for t in trials):
+            return None
+        seen = {str(t.params["backbone"]) for t in trials if t.attrs.get("purpose") == "probe" and t.params}
+        rest = [backbone for backbone in self.space.backbones if backbone not in seen]
+        is_enough = most is not None and len(seen) >= most // 2
+        if is_enough or not may_screen(trials, len(rest), spent=spent, limit=limit):
+            return None
+        return self._probe(rest[0])
 
     def default_recipe(self) -> dict[str, Scalar]:
         """What one would do without a search: fine-tune all of the best-known backbone."""
@@ -89,13 +108,27 @@ class Plan:
             kept.append(random.Random(f"{self.config.seed}/wild card").choice(rest))
         return tuple(dict.fromkeys(kept))
 
-    def spec(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> TrialSpec:
-        """The specification of a proposed trial."""
+    def affordable(self, trials: Sequence[TrialRecord], left: float | None) -> tuple[str, ...]:
+        """Freezing strategies that the sampler may propose: frozen ones only when time is short."""
+        names = tuple(strategy.name for strategy in self.space.strategies)
+        frozen = tuple(s.name for s in self.space.strategies if not trains_backbone(s))
+        if left is None or not frozen:
+            return names
+        kept = self.kept(trials)
+        return names if any(self._epochs(backbone, trials, left) for backbone in kept) else frozen
+
+    def spec(
+        self, record: TrialRecord, trials: Sequence[TrialRecord], *, left: float | None = None
+    ) -> TrialSpec:
+        """The specification of a proposed trial.
+
+        Args:
+            left: seconds that trials may still take; None without a limit.
+        """
         params = dict(record.params)
         backbone, strategy, head = (str(params.pop(name)) for name in ("backbone", "strategy", "head"))
         trains = trains_backbone(next(s for s in self.space.strategies if s.name == strategy))
-        preset = self.config.recipe
-        on_cpu = self.device == "cpu"
+        epochs, images = self._epochs(backbone, trials, left) or (FEWEST_EPOCHS, FEWEST_IMAGES)
         return TrialSpec(
             number=record.number,
             dataset=self.dataset_file,
@@ -107,15 +140,32 @@ class Plan:
             params=params,
             weights=self.config.weights_options,
             seed=trial_seed(self.config.seed, record.number),
-            epochs=preset.finetune_epochs if trains else PROBE_EPOCHS,
-            patience=max(2, preset.finetune_epochs // 3) if trains else PROBE_PATIENCE,
-            epoch_images=preset.cpu_epoch_images if trains and on_cpu else None,
+            epochs=epochs if trains else PROBE_EPOCHS,
+            patience=max(2, epochs // 3) if trains else PROBE_PATIENCE,
+            epoch_images=images if trains else None,
             init_head=self._init_head(backbone, head, trials) if trains else None,
             folder=str(self.trial_folder(record.number)),
             cache=str(self.cache),
             purpose=record.attrs.get("purpose", "search"),
             prove_above=None if trains else _to_beat(backbone, trials),
         )
+
+    def _epochs(
+        self, backbone: str, trials: Sequence[TrialRecord], left: float | None
+    ) -> tuple[int, int | None] | None:
+        """Epochs and images an epoch (None for all) of a fine-tuning; None when there is no time."""
+        preset = self.config.recipe
+        images = preset.cpu_epoch_images if self.device == "cpu" else None
+        if left is None:
+            return preset.finetune_epochs, images
+        most = min(images or self.sizes.train, self.sizes.train)
+        found = affordable_epochs(
+            backbone, trials, self.sizes, left=left, epochs=preset.finetune_epochs, images=most
+        )
+        return found if found is None or found[1] < most else (found[0], images)
+
+    def _probe(self, backbone: str) -> dict[str, Scalar]:
+        return self.space.defaults(backbone=backbone, strategy=PROBE_STRATEGY, head=PROBE_HEAD)
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial keeps its checkpoint and predictions."""
@@ -157,24 +207,6 @@ def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, g
         "evaluate_on": "test", "folder": str(folder), "purpose": "refit",
     }  # fmt: skip
     return TrialSpec(**{**vars(spec), **values})
-
-
-def refit_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Sizes) -> float:
-    """Seconds that the refit of a trial and its test will take, from what was measured so far.
-
-    A trial that trained the backbone repeats its epochs on more images and runs once over the test
-    part, which is reckoned as one more epoch. A frozen one only needs the features of the test part.
-    """
-    seconds, epochs = float(trial.attrs.get("seconds", 0.0)), int(trial.attrs.get("epochs", 1))
-    learned = sizes.train + sizes.val
-    if trial.params.get("strategy") != PROBE_STRATEGY:
-        best = int(trial.attrs.get("best_epoch", epochs))
-        return seconds / max(1, epochs) * (best * learned / sizes.train + 1)
-    # The first trial on a backbone computed its features, the others found them.
-    same = [t for t in trials if t.params.get("backbone") == trial.params.get("backbone")]
-    frozen = [t for t in same if t.params.get("strategy") == PROBE_STRATEGY]
-    first = max((float(t.attrs.get("seconds", 0.0)) for t in frozen), default=seconds)
-    return seconds + first * sizes.test / learned
 
 
 def trial_seed(seed: int, number: int) -> int:

@@ -19,6 +19,9 @@ from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
 
 FORMAT = 1
+Kept = Mapping[str, Collection[str]]
+"""Values that may be proposed, by the name of a category; empty means all."""
+
 INTERRUPTED = "interrupted"
 """Error kind of a trial that was cut off; it does not count and is proposed again on resume."""
 
@@ -98,8 +101,8 @@ class Study:
         """Propose this point before anything the sampler would; the caller has validated it."""
         self._study.enqueue_trial(dict(params), user_attrs={"purpose": purpose})
 
-    def ask(self, space: SearchSpace, *, kept: Collection[str] = ()) -> TrialRecord:
-        """The next point: what is enqueued, else TPE's proposal among the backbones in `kept`.
+    def ask(self, space: SearchSpace, *, kept: Kept | None = None) -> TrialRecord:
+        """The next point: what is enqueued, else TPE's proposal among the values in `kept`.
 
         The sampler is seeded by the study's seed and the trial's number, so that what is proposed
         depends on the recorded trials alone, not on how often the search was stopped.
@@ -107,7 +110,7 @@ class Study:
         number = len(self._study.get_trials(deepcopy=False))
         waiting = [t.number for t in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
         seed = random.Random(f"{self.seed}/{min(waiting, default=number)}").randrange(2**31)
-        self._study.sampler = _sampler(seed, frozenset(kept))
+        self._study.sampler = _sampler(seed, kept or {})
         trial = self._study.ask()
         params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
         self._running[trial.number] = trial
@@ -176,15 +179,15 @@ class Study:
 
 
 class _KeptSampler(optuna.samplers.TPESampler):
-    """TPE that proposes only some of the backbones.
+    """TPE that proposes only some values of some categories, such as backbones.
 
-    A categorical's choices cannot change within a study, so what screening drops stays in the
+    A categorical's choices cannot change within a study, so what is dropped stays in the
     distribution; proposals outside `kept` are drawn again.
     """
 
-    def __init__(self, kept: frozenset[str], seed: int) -> None:
+    def __init__(self, kept: Kept, seed: int) -> None:
         super().__init__(n_startup_trials=8, multivariate=True, group=True, constant_liar=True, seed=seed)
-        self._kept = kept
+        self._kept = {name: sorted(values) for name, values in kept.items() if values}
         self._choice = random.Random(seed)
 
     def sample_relative(
@@ -192,19 +195,20 @@ class _KeptSampler(optuna.samplers.TPESampler):
     ) -> dict[str, Any]:
         for _ in range(20):
             params = super().sample_relative(study, trial, search_space)
-            if not self._kept or params.get("backbone", next(iter(self._kept))) in self._kept:
+            wrong = [name for name, values in self._kept.items() if params.get(name, values[0]) not in values]
+            if not wrong:
                 return params
-        return {**params, "backbone": self._choice.choice(sorted(self._kept))}
+        return {**params, **{name: self._choice.choice(self._kept[name]) for name in wrong}}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        if param_name == "backbone" and self._kept:
-            return self._choice.choice(sorted(self._kept))
+        if param_name in self._kept:
+            return self._choice.choice(self._kept[param_name])
         return super().sample_independent(study, trial, param_name, param_distribution)
 
 
-def _sampler(seed: int, kept: frozenset[str]) -> optuna.samplers.BaseSampler:
+def _sampler(seed: int, kept: Kept) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         # group=True is marked experimental; it is what a conditional space needs.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -13,11 +13,12 @@ from tlauto import metrics
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, spec_from_json
 from tlauto.errors import TlautoError, TrialError
 from tlauto.events import Emit, Said, Working
+from tlauto.pace import MEMBER_SHARE, PROBE_STRATEGY, refit_seconds
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Message, Note, RunTrial, WriteBundle
 from tlauto.prepare import Session
 from tlauto.results import ensemble
-from tlauto.schedule import PROBE_STRATEGY, best_trial, refit_seconds, refit_spec
+from tlauto.schedule import best_trial, refit_spec
 from tlauto.study import TrialRecord
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -102,7 +103,7 @@ def _weights(session: Session, best: TrialRecord, trials: Sequence[TrialRecord])
     limit = session.config.time_s
     if limit is not None:
         # What was held back for the end of the search is for the winner and the default recipe.
-        able = [t for t in able if refit_seconds(t, trials, session.sizes) <= 0.02 * limit]
+        able = [t for t in able if refit_seconds(t, trials, session.plan.sizes) <= MEMBER_SHARE * limit]
     if most < 2 or not able or best.state != "complete":
         return {best.number: 1.0}
     folders = {trial.number: session.plan.trial_folder(trial.number) for trial in [best, *able]}

@@ -75,7 +75,13 @@ def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, st
     return TrialDone(
         number=spec.number,
         score=fitted.evaluation.score,
-        metrics=metrics.compute_all(spec.task, targets, predictions, intervals=True, seed=spec.seed),
+        metrics=metrics.compute_all(
+            spec.task,
+            targets,
+            predictions,
+            intervals=True if spec.evaluate_on == "test" else (spec.metric, "accuracy"),
+            seed=spec.seed,
+        ),
         val_loss=fitted.evaluation.loss,
         best_epoch=fitted.best_epoch,
         epochs=fitted.epochs,

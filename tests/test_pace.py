@@ -1,0 +1,114 @@
+"""What a search can afford: computed from recorded trials alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tlauto.pace import (
+    FEWEST_IMAGES,
+    FIRST_PROBES,
+    SCREEN_SHARE,
+    STEP_COST,
+    TRIAL_SHARE,
+    WORKER_START_S,
+    Sizes,
+    affordable_epochs,
+    held_back,
+    may_screen,
+    refit_seconds,
+)
+from tlauto.study import TrialRecord
+
+SIZES = Sizes(800, 200, 500)
+
+
+def frozen(number: int, backbone: str = "a", seconds: float = 10.0, purpose: str = "probe") -> TrialRecord:
+    return record(number, backbone, "feature_extraction", purpose, seconds=seconds, epochs=1)
+
+
+def trained(number: int, backbone: str = "a", purpose: str = "search", **attrs: Any) -> TrialRecord:
+    facts = {"seconds": 80.0, "epochs": 8, "best_epoch": 4, **attrs}
+    return record(number, backbone, "full", purpose, **facts)
+
+
+def record(number: int, backbone: str, strategy: str, purpose: str, **attrs: Any) -> TrialRecord:
+    params = {"backbone": backbone, "strategy": strategy, "head": "linear"}
+    return TrialRecord(number, "complete", params, 0.9, {"purpose": purpose, **attrs})
+
+
+# --- the end ----------------------------------------------------------------------------------------
+
+
+def test_a_refit_repeats_the_epochs_up_to_the_best_on_more_images() -> None:
+    # 10 s an epoch, 4 of them on 1,000 instead of 800 images, and one more for the test part.
+    assert refit_seconds(trained(1), [], SIZES) == pytest.approx(10 * (4 * 1.25 + 1))
+
+
+def test_a_frozen_refit_needs_the_features_of_the_test_part() -> None:
+    trials = [frozen(0, seconds=20.0), frozen(1, seconds=0.5, purpose="search")]
+    # 20 s for 1,000 images, so 10 s for 500; the later trial found its features.
+    assert refit_seconds(trials[1], trials, SIZES) == pytest.approx(0.5 + 10)
+
+
+def test_time_is_held_back_for_the_winner_the_default_and_a_new_worker() -> None:
+    trials = [frozen(0), trained(1, purpose="default"), trained(2)]
+    one = held_back(trials, SIZES, best=1, members=1)
+    two = held_back(trials, SIZES, best=2, members=1)
+    assert one == pytest.approx(1.2 * 60 + WORKER_START_S)
+    assert two == pytest.approx(1.2 * 120 + WORKER_START_S)
+    assert held_back(trials, SIZES, best=2, members=4) > two
+    assert held_back([], SIZES, best=None, members=4) == 0
+
+
+# --- screening --------------------------------------------------------------------------------------
+
+
+def test_a_few_backbones_are_screened_however_little_time_there_is() -> None:
+    assert may_screen([frozen(n, str(n)) for n in range(FIRST_PROBES - 1)], 5, spent=1000, limit=10)
+
+
+def test_further_ones_are_screened_while_their_share_of_the_time_lasts() -> None:
+    trials = [frozen(n, str(n), seconds=10.0) for n in range(4)]
+    limit = 200.0
+    assert may_screen(trials, 3, spent=SCREEN_SHARE * limit - 10, limit=limit)
+    assert not may_screen(trials, 3, spent=SCREEN_SHARE * limit - 9, limit=limit)
+    assert not may_screen(trials, 0, spent=0, limit=limit)
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------
+
+
+def afford(left: float, trials: list[TrialRecord] | None = None) -> tuple[int, int] | None:
+    # 10 s for 1,000 images are 10 ms for features, so 60 ms to learn from one.
+    return affordable_epochs("a", trials or [frozen(0)], SIZES, left=left, epochs=8, images=512)
+
+
+def test_with_time_enough_nothing_is_cut() -> None:
+    assert afford(8 * 512 * 0.01 * STEP_COST / TRIAL_SHARE + 1) == (8, 512)
+
+
+def test_with_less_time_epochs_have_fewer_images_then_there_are_fewer_epochs() -> None:
+    whole = 8 * 512 * 0.01 * STEP_COST / TRIAL_SHARE
+    assert afford(0.99 * whole) == (8, 256)
+    assert afford(0.4 * whole) == (8, 128)
+    assert afford(0.07 * whole) == (4, FEWEST_IMAGES)
+    assert afford(0.01 * whole) is None
+
+
+def test_the_cost_of_learning_is_measured_once_a_trial_has_shown_it() -> None:
+    quick = [frozen(0), trained(1, image_seconds=0.02)]
+    slow = [frozen(0), trained(1, image_seconds=0.2)]
+    left = 8 * 512 * 0.01 * STEP_COST / TRIAL_SHARE
+    assert afford(0.5 * left, quick) == (8, 512)
+    assert afford(0.5 * left, slow) == (8, 64)
+
+
+def test_a_backbone_that_was_not_measured_is_taken_for_an_average_one() -> None:
+    trials = [frozen(0, "b", 10.0), frozen(1, "c", 10.0)]
+    assert afford(100.0, trials) == afford(100.0)
+
+
+def test_nothing_is_cut_before_anything_is_measured() -> None:
+    assert affordable_epochs("a", [], SIZES, left=1.0, epochs=8, images=512) == (8, 512)
