@@ -68,6 +68,22 @@ def test_the_script_tests_only_the_best_backbone_if_asked(
     assert set(found["best"]["test"]) == {"accuracy", "balanced_accuracy"}
 
 
+def test_partial_trials_are_timed_with_and_without_the_cache(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches")
+    options = ("--no-pretrained", "--backbone", TINY[1], "--epochs", "2", "--rounds", "1")
+    done = script("partial.py", "--data", "patches", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    (row,) = found["rows"]
+    assert found["partial_cache_speedup"] == row["speedup"] > 0
+    assert row["cache_bytes"] > 0
+    assert all(
+        0 <= row[way]["score"] <= 1 and row[way]["epoch_s"] > 0 for way in ("without", "first", "next")
+    )
+
+
 def test_without_data_it_says_what_to_give(tmp_path: Path) -> None:
     done = script("search_vs_probe.py", cwd=tmp_path)
     assert done.returncode == 1

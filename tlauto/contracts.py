@@ -221,7 +221,7 @@ class FreezeStrategy(Protocol):
     space: Space
 
     def plan(self, stages: Stages, epoch: int, params: Mapping[str, Scalar]) -> TrainPlan:
-        """The plan for an epoch (from 0); called once at the start of each epoch."""
+        """The plan for an epoch (from 0); called once for each, in order, before the first begins."""
         ...
 
 

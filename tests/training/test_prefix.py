@@ -17,7 +17,7 @@ from tlauto.builtin.timm_provider import TimmProvider
 from tlauto.contracts import Backbone, EpochResult, TrainPlan, TrialDone, TrialSpec, WeightsOptions
 from tlauto.data import Dataset
 from tlauto.plugins import Registry
-from tlauto.training.prefix import VIEWS, first_learning_stage, plan_rota
+from tlauto.training.prefix import PROOF, VIEWS, first_learning_stage, plan_rota
 
 Run = Callable[..., TrialDone]
 Offering = Callable[..., Registry]
@@ -33,6 +33,7 @@ class Watched:
     def __init__(self, *, is_split: bool = True) -> None:
         self.is_split = is_split
         self.images: list[int] = []
+        self.prefixed: list[int] = []
 
     def shortlist(self) -> tuple[()]:
         return ()
@@ -48,15 +49,31 @@ class Watched:
         # Deep in the first stages: where they are bypassed, it is not called.
         inner = backbone.module.get_submodule("layer1.0.conv1")
         inner.register_forward_pre_hook(lambda _module, args: self.images.append(len(args[0])))
-        if not self.is_split:
-            backbone.split = lambda stage: None
+        right = backbone.split
+        backbone.split = lambda stage: self.watched(right(stage)) if self.is_split else None
         return backbone
+
+    def watched(self, split: Any) -> Any:
+        prefix = split.prefix
+
+        def noting(images: torch.Tensor) -> torch.Tensor:
+            self.prefixed.append(len(images))
+            return prefix(images)
+
+        split.prefix = noting
+        return split
 
     def count(self, spec: TrialSpec, run: Run, registry: Registry, **more: Any) -> int:
         """Images through the first stages in a trial, besides the few that prove a split."""
         self.images.clear()
+        self.prefixed.clear()
         run(spec, registry=registry, **more)
-        return sum(n for n in self.images if n > 3)
+        return sum(n for n in self.images if n > PROOF)
+
+    def computed(self, spec: TrialSpec, run: Run, registry: Registry) -> int:
+        """Images whose activations a trial computed."""
+        self.count(spec, run, registry)
+        return sum(n for n in self.prefixed if n > PROOF)
 
 
 @pytest.fixture
@@ -133,7 +150,7 @@ def test_a_trial_is_the_same_with_an_empty_and_with_a_filled_cache(
 def test_every_level_learns_from_activations(level: str, backbone: str, partial: TrialSpec, run: Run) -> None:
     told: list[EpochResult] = []
     params = {"augment.level": level, "optim.adamw.lr": 3e-3}
-    spec = replace(partial, backbone=backbone, params=params, epochs=6)
+    spec = replace(partial, backbone=backbone, params=params, epochs=8)
     run(spec, lambda result: not told.append(result))
     assert len(arrays(spec)) == (1 if level == "none" else VIEWS) + 1
     assert told[-1].train_loss < told[0].train_loss
@@ -147,13 +164,12 @@ def test_the_next_trials_compute_nothing_of_the_first_stages(
 ) -> None:
     provider, registry = split
     train, val = len(dataset.part("train")), len(dataset.part("val"))
-    measured = train  # that feature scaling is measured on
-    assert provider.count(partial, run, registry) == measured + 3 * train + val
+    assert provider.computed(partial, run, registry) == 2 * train + val
     other = replace(partial, seed=5, number=8, head="mlp", params={"optim.adamw.lr": 3e-4})
     assert provider.count(other, run, registry) == 0
     assert provider.count(replace(other, params={"freeze.partial.k": 2}), run, registry) > 0
-    more = replace(partial, epochs=VIEWS + 3)
-    assert provider.count(more, run, registry) == (VIEWS - 3) * train
+    more = replace(partial, epochs=2 * VIEWS)
+    assert provider.computed(more, run, registry) == (VIEWS - 2) * train
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
@@ -182,8 +198,7 @@ def test_a_refit_on_train_and_val_finds_the_activations_of_train(
     before = arrays(partial)
     refit = replace(partial, fit_on=("train", "val"), evaluate_on="test", purpose="refit", number=-1)
     val, test = len(dataset.part("val")), len(dataset.part("test"))
-    measured = len(dataset.part("train", "val"))
-    assert provider.count(refit, run, registry) == measured + 3 * val + test
+    assert provider.computed(refit, run, registry) == 2 * val + test
     assert set(before) < set(arrays(refit))
 
 
@@ -192,7 +207,7 @@ def test_a_search_lists_them_in_the_cache(partial: TrialSpec, run: Run, split: A
 
     run(partial, registry=split[1])
     found = [entry for entry in entries(Path(partial.cache)) if entry.kind == "prefixes"]
-    assert len(found) == 3 + 1
+    assert len(found) == 2 + 1
     assert {entry.backbone for entry in found} == {partial.backbone}
 
 
@@ -287,6 +302,11 @@ def test_each_shard_has_its_turn_before_a_view_comes_again(images: int, epoch_im
     assert len({rota.at(epoch) for epoch in range(once)}) == once
     assert rota.at(once) == rota.at(0)
     assert min(view for _, view in map(rota.at, range(once))) >= 1
+
+
+@pytest.mark.parametrize(("epochs", "views"), [(1, 1), (2, 2), (3, 2), (5, 2), (6, 3), (8, 4), (30, VIEWS)])
+def test_each_view_serves_two_epochs_but_two_views_are_the_least(epochs: int, views: int) -> None:
+    assert plan_rota(24, None, epochs, is_augmented=True).views == views
 
 
 def test_a_rota_without_augmentation_has_the_plain_view_alone() -> None:

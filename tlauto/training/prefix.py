@@ -39,7 +39,7 @@ from tlauto.training.pixels import contents, geometry
 from tlauto.training.trial import Trial
 
 VERSION = 1  # raise it when views or shards change, so that old caches are not used
-VIEWS = 4  # augmented views of an image; the plain one, for validation, comes besides
+VIEWS = 4  # most augmented views of an image; the plain one, for validation, comes besides
 SHARE = 4  # a trial's activations may take this part of the cache's limit
 PROOF = 3  # real images on which the halves must equal the whole
 LARGEST = 65504.0  # of half precision
@@ -71,13 +71,19 @@ class Rota:
 
 
 def plan_rota(images: int, epoch_images: int | None, epochs: int, *, is_augmented: bool) -> Rota:
-    """The rota of a trial: as many shards as epochs cover all images, up to `VIEWS` augmented views."""
+    """The rota of a trial: as many shards as epochs cover all images, up to `VIEWS` augmented views.
+
+    Each view serves two epochs or more, so that already the first of the trials that share it gains;
+    but there are two if there can be, because one view alone would be no augmentation.
+    """
     size = min(epoch_images or images, images)
     count = -(-images // size)
     # Trials share shards, so neither order nor seed may be a trial's own.
     order = np.random.default_rng(VERSION).permutation(images)
     shards = tuple(np.sort(shard) for shard in np.array_split(order, count))
-    return Rota(shards, min(VIEWS, -(-epochs // count)) if is_augmented else 0)
+    passes = -(-epochs // count)
+    views = min(VIEWS, max(passes // 2, min(2, passes)))
+    return Rota(shards, views if is_augmented else 0)
 
 
 def first_learning_stage(stages: Sequence[Sequence[str]], plans: Sequence[TrainPlan]) -> int:
@@ -328,7 +334,6 @@ def _affordable(trial: Trial, form: Form) -> Rota | None:
     rota = plan_rota(images, spec.epoch_images, spec.epochs, is_augmented=is_augmented)
     room = cache_limit() // SHARE // form.bytes - 2 * len(trial.valid_targets)  # images
     views = min(rota.views or 1, room // images)
-    # One view alone, epoch after epoch, would be no augmentation.
     if views < min(2, rota.views or 1):
         return None
     return Rota(rota.shards, views if is_augmented else 0)
