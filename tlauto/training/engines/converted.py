@@ -80,7 +80,7 @@ def _convert_openvino(network: FrozenFeatures, example: torch.Tensor) -> bytes:
     openvino = _openvino()
     shape = [-1, *example.shape[1:]]
     with _quiet():
-        # Left to OpenVINO, the trace is made thrice and compared, two thirds of the time; we compare features.
+        # Left to OpenVINO, the trace is made thrice, two thirds of the time; we compare features.
         trace = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
         model = openvino.convert_model(trace, example_input=example, input=shape, extension=_additions())
     with tempfile.TemporaryDirectory() as folder:
