@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tlauto.config import SearchConfig
 from tlauto.contracts import (
@@ -16,6 +17,7 @@ from tlauto.contracts import (
     TrialDone,
     TrialFailed,
     TrialSpec,
+    spec_from_json,
     trains_backbone,
 )
 from tlauto.errors import TrialError, WorkerDied
@@ -30,6 +32,9 @@ from tlauto.study import INTERRUPTED
 
 HOPELESS = 5
 """So many failures before the first success end the search."""
+
+BUNDLE_PAUSE = 9.0
+"""Pause between two bundles over the time that one takes: they are to cost a tenth of the search at most."""
 
 GRACE_S = 2.5
 """How long an interrupted search waits for a bundle that is being written."""
@@ -55,6 +60,8 @@ class _Loop:
     spent_before: float = 0.0
     saved_at: float = 0.0
     bundled: int | None = None
+    bundling: int | None = None
+    may_bundle_at: float = 0.0
     failures: int = 0
 
 
@@ -99,7 +106,7 @@ def _fill(loop: _Loop) -> None:
     """Give every idle slot a trial while the totals allow it."""
     session = loop.session
     for slot in session.pool.slots:
-        if slot in loop.busy or not _may_start(loop):
+        if slot in loop.busy or _keep_best(loop, slot) or not _may_start(loop):
             continue
         trials, left = session.study.trials(), seconds_left(loop)
         probe = session.plan.next_probe(trials, spent=_spent(loop))
@@ -113,6 +120,25 @@ def _fill(loop: _Loop) -> None:
         loop.busy[slot] = _Job(spec, time.monotonic())
         session.pool.send(slot, RunTrial(spec))
         loop.emit(TrialStarted(spec.number, slot, spec.backbone, spec.strategy, spec.head, spec.epochs))
+
+
+def _keep_best(loop: _Loop, slot: str) -> bool:
+    """Have an idle slot write the best model so far, when there is a new one and it is time again."""
+    session, best = loop.session, best_trial(loop.session.study.trials())
+    is_written = best is None or best.number in (loop.bundled, loop.bundling)
+    if best is None or is_written or (time.monotonic() < loop.may_bundle_at and _may_start(loop)):
+        return False
+    row = session.store.trials(session.name).get(best.number)
+    model = session.store.model(session.name)
+    if not row or not row["result"] or (model and model["trial"] == best.number):
+        return False
+    spec = replace(
+        spec_from_json(row["spec"]), dataset=session.plan.dataset_file, cache=str(session.plan.cache)
+    )
+    loop.bundling = best.number
+    loop.busy[slot] = _Job(spec, time.monotonic(), is_bundle=True)
+    session.pool.send(slot, bundle_job(session, spec, TrialDone(**row["result"])))
+    return True
 
 
 def _may_start(loop: _Loop) -> bool:
@@ -154,6 +180,8 @@ def _handle(loop: _Loop, event: Event) -> None:
             _failed(loop, event.slot, job, failed)
         case BundleDone() if job:
             loop.bundled = job.spec.number
+            now = time.monotonic()
+            loop.may_bundle_at = now + BUNDLE_PAUSE * (now - job.started)
             del loop.busy[event.slot]
         case JobFailed(message) if job:
             loop.emit(Said(f"the best model so far could not be written: {message}"))
@@ -179,8 +207,10 @@ def _epoch(loop: _Loop, slot: str, job: _Job, result: EpochResult) -> None:
 def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     session, spec = loop.session, job.spec
     del loop.busy[slot]
-    before = best_trial(session.study.trials())
-    facts = {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
+    facts: dict[str, Any] = {
+        # One attribute for all: each is a transaction of its own.
+        "metrics": {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
+    }
     session.store.finish_trial(session.name, done)
     if trains_backbone(_strategy(session, spec)):
         images = spec.epoch_images or session.plan.sizes.train
@@ -198,10 +228,6 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     note = f"@{done.epochs}" if done.is_pruned else ""
     loop.emit(_ended(spec, slot, state, score, done.seconds, note))
     loop.emit(_progress(loop))
-    best = best_trial(session.study.trials())
-    if best and best.number == done.number and (before is None or before.number != best.number):
-        loop.busy[slot] = _Job(spec, time.monotonic(), is_bundle=True)
-        session.pool.send(slot, bundle_job(session, spec, done))
     _forget_checkpoints(session)
 
 

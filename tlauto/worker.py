@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tlauto.contracts import EpochResult, TrialFailed, TrialSpec
+from tlauto.contracts import EpochResult, TrialFailed, TrialSpec, trains_backbone
 from tlauto.data import Dataset
 from tlauto.errors import TlautoError, TrialError
 from tlauto.plugins import registry
@@ -46,7 +46,8 @@ def serve(receive: Receive, send: Send, device: str) -> None:
     while not isinstance(job := receive(), Stop):
         try:
             _do(job, receive, send, device)
-            _give_back_memory()
+            if _used_much_memory(job):
+                _give_back_memory()
         except TlautoError as error:
             send(JobFailed(str(error), traceback.format_exc()))
         except Exception as error:  # noqa: BLE001 whatever a plugin or library raises is this job's failure
@@ -86,6 +87,11 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> No
         send(TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc()))
     else:
         send(done)
+
+
+def _used_much_memory(job: Message) -> bool:
+    """Not a trial on cached features, which takes less time than collecting garbage after it would."""
+    return not isinstance(job, RunTrial) or trains_backbone(registry().strategy(job.spec.strategy))
 
 
 def _give_back_memory() -> None:

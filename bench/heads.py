@@ -1,0 +1,134 @@
+"""A hundred head trials against one forward pass over the data.
+
+    python bench/heads.py --data DIR --weights-dir DIR --backbone efficientnet-lite:lite0
+
+One side decodes the images and computes their features once, in a process set up like a worker, by
+the engine that a search would use. The other is a real search of 100 feature-extraction trials with
+linear heads whose L2 penalty and loss are searched, from an empty cache: from the start of its first
+trial to the end of its last, features included. Prints both; the last line of standard output is one
+JSON object:
+
+    heads_per_forward   the search's seconds over the forward pass's
+    cached_trial_ms     median time from one trial's end to the next's, less what the head itself took
+
+--quick is 30 trials. Without --data, hymenoptera in the folder TLAUTO_BENCH_DATA is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PARAMS = {"probe.solver": "lbfgs"}
+
+
+def main() -> None:
+    args = parse()
+    if args.serve:
+        print(json.dumps({"seconds": forward(args)}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        one = json.loads(in_worker_environment(folder).splitlines()[-1])["seconds"]
+    with tempfile.TemporaryDirectory() as folder:
+        many, fixed = search(args, Path(folder))
+    trials = args.trials
+    print(f"decode and forward, once     {one:8.2f} s")
+    print(f"{trials} head trials, all in all {many:8.2f} s")
+    print(f"fixed cost of a trial        {1000 * fixed:8.1f} ms")
+    figures = {"heads_per_forward": many / one, "cached_trial_ms": 1000 * fixed}
+    print(json.dumps({**figures, "forward_s": one, "trials": trials, "cores": os.cpu_count()}))
+
+
+def in_worker_environment(folder: str) -> str:
+    """The output of this script's other half, run with the settings that workers get."""
+    from tlauto.devices import make_slots
+
+    slot = make_slots("cpu", None)[0]
+    environment = {**os.environ, **slot.env, "TLAUTO_CACHE": str(Path(folder, "cache"))}
+    command = [sys.executable, __file__, *sys.argv[1:], "--serve", folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr.strip() or f"error: {' '.join(command)} failed")
+    return done.stdout
+
+
+def forward(args: argparse.Namespace) -> float:
+    """Seconds to decode all images outside the test part and compute their features, once."""
+    import torch
+
+    from tlauto.contracts import TrialSpec, WeightsOptions
+    from tlauto.data import load_dataset
+    from tlauto.plugins import registry
+    from tlauto.training.features import FeatureSource
+
+    torch.set_num_threads(int(os.environ.get("TLAUTO_THREADS") or torch.get_num_threads()))
+    dataset, _ = load_dataset(args.data, seed=args.seed, allow_leaks=True)
+    spec = TrialSpec(
+        number=0, dataset="", task=dataset.task, metric="accuracy", backbone=args.backbone,
+        strategy="feature_extraction", head="linear", params={}, seed=0, epochs=1, folder=args.serve,
+        weights=WeightsOptions({}, args.weights_dir, True, args.pretrained),
+        cache=str(Path(args.serve, "cache")),
+    )  # fmt: skip
+    source = FeatureSource(spec, registry(), dataset, torch.device("cpu"))
+    _ = source.facts  # the backbone is built: a search has built it in its preflight
+    started = time.perf_counter()
+    source.features(["train"], "pooled")
+    source.features(["val"], "pooled")
+    return time.perf_counter() - started
+
+
+def search(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
+    """Seconds of all trials together, and of what is not the head's own work in one of them."""
+    import optuna
+
+    import tlauto
+
+    os.environ["TLAUTO_CACHE"] = str(folder / "cache")
+    found = tlauto.search(
+        args.data, trials=args.trials, backbones=[args.backbone], strategies=["feature_extraction"],
+        heads=["linear"], params=PARAMS, out=str(folder), seed=args.seed, offline=True, study="heads",
+        weights_dir=args.weights_dir, pretrained=args.pretrained, allow_leaks=True, devices="cpu",
+    )  # fmt: skip
+    own = {row.number: row.seconds or 0.0 for row in found.leaderboard()}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    trials: list[Any] = optuna.load_study(
+        study_name="heads", storage=f"sqlite:///{folder / 'tlauto.db'}"
+    ).get_trials(deepcopy=False)
+    ends = [trial.datetime_complete.timestamp() for trial in trials]
+    gaps = [end - before - own[n] for n, (before, end) in enumerate(itertools.pairwise(ends), 1)]
+    return ends[-1] - trials[0].datetime_start.timestamp(), statistics.median(gaps)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="dataset folder or manifest")
+    parser.add_argument("--weights-dir", default=os.environ.get("TLAUTO_WEIGHTS"))
+    parser.add_argument("--backbone", default="efficientnet-lite:lite0")
+    parser.add_argument("--no-pretrained", dest="pretrained", action="store_false")
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--quick", action="store_true", help="30 trials")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.data is None:
+        folder = os.environ.get("TLAUTO_BENCH_DATA")
+        if not folder:
+            parser.error("name a dataset with --data, or a folder of datasets with TLAUTO_BENCH_DATA")
+        args.data = str(Path(folder, "hymenoptera"))
+    args.trials = 30 if args.quick else args.trials
+    return args
+
+
+if __name__ == "__main__":
+    main()
