@@ -120,3 +120,32 @@ def test_the_interval_of_a_difference_is_newcombes() -> None:
     found = search_vs_probe.difference(*sides)
     assert found["value"] == pytest.approx(0.2)
     assert (found["low"], found["high"]) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+def test_head_trials_are_timed_against_a_forward_pass(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches")
+    done = script(
+        "heads.py", "--data", "patches", "--no-pretrained", "--trials", "3", "--backbone", TINY[1],
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["trials"] == 3
+    assert figures["heads_per_forward"] > 0
+    assert figures["forward_s"] > 0
+    assert not (tmp_path / "tlauto-runs").exists(), "it works in a folder of its own"
+
+
+def test_bounds_of_feature_scaling_are_compared_on_held_out_folds(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches")
+    done = script(
+        "feature_scaling.py", "--data", "patches", "--no-pretrained", "--backbone", TINY[1], cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    losses = json.loads(done.stdout.splitlines()[-1])
+    assert set(losses) == {"loss_0.001", "loss_0.1", "loss_0.3", "loss_0.5", "loss_1", "loss_3"}
+    assert all(0 <= loss < 2 for loss in losses.values())
