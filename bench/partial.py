@@ -6,7 +6,8 @@
 For each dataset and backbone: a linear probe, then `partial` trials that start from it, in turn
 without the cache of activations, with an empty one, and with the one that the trial before filled, as
 the next trials of a search find it. Each round has another seed. Seconds an epoch are the trainer's
-own, with validation, medians over all epochs, in the environment that a search gives its workers; the
+own, with validation, medians over all epochs, with the memory settings that a search gives its workers
+and one thread: two on a machine with other work wait for each other, and times say nothing. The
 score and the loss are of the validation part, means over the rounds. --data may be given several
 times; without it, hymenoptera and signdigits in the folder TLAUTO_BENCH_DATA. The last line of
 standard output is one JSON object; its `partial_cache_speedup` is the least of all rows, of epochs
@@ -28,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from probe_script import cores
+import torch
 from search_vs_probe import default_data
 
 from tlauto.contracts import EpochResult, TrialSpec, WeightsOptions
@@ -60,6 +61,7 @@ class Timed:
 
 def main() -> None:
     args = parse()
+    torch.set_num_threads(args.threads)
     rows = []
     print(HEADER)
     for data in args.data or default_data()[: 1 if args.quick else None]:
@@ -67,7 +69,7 @@ def main() -> None:
             rows.append(measure(data, backbone, args))
             print(row(rows[-1]), flush=True)
     least = min(found["speedup"] for found in rows)
-    print(json.dumps({"partial_cache_speedup": least, "cores": cores(), "rows": rows}))
+    print(json.dumps({"partial_cache_speedup": least, "threads": args.threads, "rows": rows}))
 
 
 def measure(data: str, backbone: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -163,6 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="8; with --quick 4")
     parser.add_argument("--epoch-images", type=int, help="images an epoch; all")
     parser.add_argument("--rounds", type=int, help="5; with --quick 3")
+    parser.add_argument("--threads", type=int, default=1, help="arithmetic threads; 1")
     parser.add_argument("--quick", action="store_true", help="the first dataset and backbone, fewer epochs")
     parser.add_argument("--online", dest="offline", action="store_false", help="allow downloads")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights")

@@ -141,8 +141,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hard_images(home / "patches")
     done = run(
         "search", "--data", "patches", "--backbones", ",".join(BACKBONES),
-        "--no-pretrained", "--offline", "--strategies", "feature_extraction", "--trials", "8",
-        "--seed", "1", "--json", cwd=home,
+        "--no-pretrained", "--offline", "--strategies", "feature_extraction", "--heads", "linear",
+        "--trials", "6", "--seed", "1", "--json", cwd=home,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (home / "result.json").write_text(done.stdout)

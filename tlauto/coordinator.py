@@ -28,7 +28,7 @@ from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
 from tlauto.schedule import best_trial, counts, estimate, rank
-from tlauto.study import INTERRUPTED
+from tlauto.study import INTERRUPTED, OUT_OF_TIME
 
 HOPELESS = 5
 """So many failures before the first success end the search."""
@@ -146,7 +146,9 @@ def _may_start(loop: _Loop) -> bool:
     running = sum(not job.is_bundle for job in loop.busy.values())
     done = counts(loop.session.study.trials())["total"]
     left = seconds_left(loop)
-    return (limit is None or done + running < limit) and (left is None or left > 0)
+    # However short the time: without a first score there is nothing to finish with.
+    is_first = not running and best_trial(loop.session.study.trials()) is None
+    return (limit is None or done + running < limit) and (left is None or left > 0 or is_first)
 
 
 def seconds_left(loop: _Loop) -> float | None:
@@ -302,14 +304,14 @@ def _cut_off(loop: _Loop) -> None:
     for slot, job in list(loop.busy.items()):
         session.pool.kill(slot)
         if not job.is_bundle:
-            _interrupt(loop, job.spec, "the search was stopped during it")
+            _cut(loop, job.spec, INTERRUPTED, "the search was stopped during it")
     loop.busy.clear()
 
 
 def _stop_late(loop: _Loop) -> None:
     """Cut off trials that run when the time is up; there is a best one to finish with.
 
-    They do not count: the same command with more time proposes them again.
+    They do not count towards the total of trials.
     """
     left = seconds_left(loop)
     if left is None or left > 0 or best_trial(loop.session.study.trials()) is None:
@@ -317,14 +319,13 @@ def _stop_late(loop: _Loop) -> None:
     for slot, job in list(loop.busy.items()):
         if not job.is_bundle:
             loop.session.pool.kill(slot)
-            _interrupt(loop, job.spec, "the time was up during it")
+            _cut(loop, job.spec, OUT_OF_TIME, "the time was up during it")
             del loop.busy[slot]
 
 
-def _interrupt(loop: _Loop, spec: TrialSpec, message: str) -> None:
-    session = loop.session
-    session.store.fail_trial(session.name, spec.number, kind=INTERRUPTED, message=message)
-    session.study.fail(spec.number, kind=INTERRUPTED, message=message)
+def _cut(loop: _Loop, spec: TrialSpec, kind: str, message: str) -> None:
+    loop.session.store.fail_trial(loop.session.name, spec.number, kind=kind, message=message)
+    loop.session.study.fail(spec.number, kind=kind, message=message)
 
 
 def _strategy(session: Session, spec: TrialSpec) -> FreezeStrategy:

@@ -25,6 +25,9 @@ Kept = Mapping[str, Collection[str]]
 INTERRUPTED = "interrupted"
 """Error kind of a trial that was cut off; it does not count and is proposed again on resume."""
 
+OUT_OF_TIME = "out of time"
+"""Error kind of a trial that still ran when the time was up; it does not count either."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -41,7 +44,10 @@ class TrialRecord:
     @property
     def counts(self) -> bool:
         """Whether it counts towards the total of trials."""
-        return self.state in ("complete", "pruned", "failed") and self.attrs.get("error_kind") != INTERRUPTED
+        return self.state in ("complete", "pruned", "failed") and self.attrs.get("error_kind") not in (
+            INTERRUPTED,
+            OUT_OF_TIME,
+        )
 
 
 def check_name(url: str, name: str, *, create: bool) -> None:

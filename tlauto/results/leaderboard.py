@@ -10,7 +10,7 @@ from typing import Any
 from tlauto.schedule import best_trial, rank
 from tlauto.space import Scalar
 from tlauto.store import Store
-from tlauto.study import INTERRUPTED, Study, TrialRecord
+from tlauto.study import INTERRUPTED, OUT_OF_TIME, Study, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Row:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether it was cut off with its search; it does not count and is proposed again."""
-        return self.state == "failed" and (self.error or "").startswith(f"{INTERRUPTED}:")
+        """Whether it was cut off with its search, which does not count."""
+        kinds = (f"{INTERRUPTED}:", f"{OUT_OF_TIME}:")
+        return self.state == "failed" and (self.error or "").startswith(kinds)
 
     @property
     def counts(self) -> bool:
