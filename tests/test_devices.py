@@ -9,6 +9,7 @@ from tlauto.errors import ConfigError
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
 
 
 def test_cpu_slots_share_the_cores() -> None:
@@ -17,6 +18,7 @@ def test_cpu_slots_share_the_cores() -> None:
     assert all(slot.threads == max(1, available_cores() // 2) for slot in slots)
     assert slots[0].env["OMP_NUM_THREADS"] == str(slots[0].threads)
     assert slots[0].env["CUDA_VISIBLE_DEVICES"] == ""
+    assert slots[0].env["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_each_gpu_slot_sees_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> None:

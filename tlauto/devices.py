@@ -124,6 +124,9 @@ def _environment(device: str, gpu: str, threads: int) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is deterministic only with it
     }
+    # Threads that wait do not spin: a spinning one takes the core from whoever it waits for as soon as
+    # anything else runs. A linear head took 0.9 s instead of 0.07 s beside one busy process.
+    env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     env |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         env["GLIBC_TUNABLES"] = GLIBC_TUNABLES
