@@ -217,7 +217,7 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     if trains_backbone(_strategy(session, spec)):
         images = spec.epoch_images or session.plan.sizes.train
         facts["image_seconds"] = round(done.seconds / done.epochs / images, 6)
-    score = estimate(done, spec.backbone, spec.metric, session.study.trials())
+    score = estimate(done, spec.backbone, spec.metric, session.study.trials(), val=session.plan.sizes.val)
     if done.held_out is not None:
         facts["held_out"] = done.held_out
     session.study.note(
