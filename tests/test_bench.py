@@ -147,5 +147,6 @@ def test_bounds_of_feature_scaling_are_compared_on_held_out_folds(
     )
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout.splitlines()[-1])
-    assert set(losses) == {"loss_0.001", "loss_0.1", "loss_0.3", "loss_0.5", "loss_1", "loss_3"}
+    bounds, kinds = ("0.001", "0.1", "0.3", "0.5", "1", "3"), ("pooled", "levels", "grid")
+    assert set(losses) == {f"loss_{kind}_{bound}" for kind in kinds for bound in bounds}
     assert all(0 <= loss < 2 for loss in losses.values())

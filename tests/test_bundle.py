@@ -59,7 +59,7 @@ def make_dataset(files: list[Path], task: str) -> Dataset:
 def write_bundle(
     folder: Path, files: list[Path], *, task: str = "multiclass", head: str = "linear",
     backbone: str = "timm:test_efficientnet", weights: WeightsOptions = RANDOM,
-    comparison: dict[str, Any] | None = None, **params: Any,
+    comparison: dict[str, Any] | None = None, kind: Any = None, **params: Any,
 ) -> Any:  # fmt: skip
     """Save an untrained classifier as a bundle and return the classifier."""
     import torch
@@ -72,7 +72,8 @@ def write_bundle(
     spec, dataset = make_spec(task, head, backbone, weights, **params), make_dataset(files, task)
     found, chosen = registry().head(head), registry().provider(backbone.partition(":")[0])
     width = find_task(task).num_outputs(dataset.classes)
-    classifier = assemble(chosen.load(backbone, weights), found, complete(found.space, params), width)
+    built = chosen.load(backbone, weights)
+    classifier = assemble(built, found, complete(found.space, params), width, kind)
     # Every tensor away from its initial value, so that one left out would change the answers.
     for tensor in classifier.state_dict().values():
         if tensor.is_floating_point():
@@ -293,13 +294,14 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 DAMAGE: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("foreign", lambda d: d.update(format="other"), "does not describe a tlauto model bundle"),
-    ("newer", lambda d: d.update(format_version=3), "format version 3, this tlauto reads up to 2; update it"),
+    ("newer", lambda d: d.update(format_version=4), "format version 4, this tlauto reads up to 3; update it"),
     ("odd version", lambda d: d.update(format_version="x"), "'format_version' is 'x'"),
     ("no labels", lambda d: d.pop("labels"), "it has no 'labels'"),
     ("labels of one", lambda d: d.update(labels=["ant"]), "'labels' holds 1 classes"),
     ("labels twice", lambda d: d.update(labels=["ant", "ant", "bee"]), "holds a class twice"),
     ("labels no texts", lambda d: d.update(labels=[1, 2, 3]), "'labels' is not a list of texts"),
     ("more labels", lambda d: d["labels"].append("fly"), "do not fit the network"),
+    ("features", lambda d: d.update(features="all"), "'features' is 'all'"),
     ("task", lambda d: d.update(task="detection"), "'task' is 'detection'"),
     ("size", lambda d: d["input"].update(size=10**9), "'input.size' is 1000000000"),
     ("mean", lambda d: d["input"].update(mean=[0.5]), "is damaged"),

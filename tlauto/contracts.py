@@ -295,8 +295,7 @@ class TrialSpec:
         number: the trial's number in its study; -1 for a refit.
         dataset: path of the dataset file (`tlauto.data.Dataset` as JSON).
         params: sampled values, dotted by owner (`freeze.partial.k`, `head.mlp.dropout`, `optim.name`).
-        metric: the metric that is the score.
-        seed: of everything random in this trial.
+        metric: the metric that is the score; seed: of everything random in this trial.
         epochs, patience: most epochs, and how many without improvement end it; patience 0 never does.
         epoch_images: images per epoch when the backbone learns; None is the whole training part.
         fit_on, evaluate_on: parts of the split.
@@ -352,8 +351,8 @@ class TrialDone:
         metrics: all metrics of the best epoch on `evaluate_on`: name to {"value", "low", "high"},
             a 95 % interval.
         checkpoint: file name in the trial's folder.
-        is_pruned: stopped by the coordinator.
-        trainable: parameters that learned, head included.
+        is_pruned: stopped by the coordinator; trainable: parameters that learned, head included.
+        features: what of the backbone the head reads; see `tlauto.training.model.Kind`.
         held_out: the score over `fit_on` and `evaluate_on` together, each image answered by a head
             that has not seen it; None when there was no cross-validation.
         versions: distribution name to version; provenance: what came from which plugin.
@@ -370,6 +369,7 @@ class TrialDone:
     is_pruned: bool = False
     trainable: int = 0
     held_out: float | None = None
+    features: str = "pooled"
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 

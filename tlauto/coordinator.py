@@ -112,8 +112,7 @@ def _fill(loop: _Loop) -> None:
         probe = session.plan.next_probe(trials, spent=_spent(loop))
         if probe is not None:
             session.study.enqueue(without_fixed(probe, session.plan.space), purpose="probe")
-        kept = {"backbone": session.plan.kept(trials), "strategy": session.plan.affordable(trials, left)}
-        record = session.study.ask(session.plan.space, kept=kept)
+        record = session.study.ask(session.plan.space, kept=session.plan.proposable(trials, left))
         spec = session.plan.spec(record, trials, left=left)
         session.store.start_trial(session.name, spec, slot)
         session.study.note(record.number, slot=slot, seed=spec.seed)
@@ -217,6 +216,8 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     if trains_backbone(_strategy(session, spec)):
         images = spec.epoch_images or session.plan.sizes.train
         facts["image_seconds"] = round(done.seconds / done.epochs / images, 6)
+    else:
+        facts["features"] = done.features
     score = estimate(done, spec.backbone, spec.metric, session.study.trials(), val=session.plan.sizes.val)
     if done.held_out is not None:
         facts["held_out"] = done.held_out

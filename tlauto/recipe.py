@@ -46,12 +46,23 @@ SOLVERS = ("path", "lbfgs", "minibatch")
 LINEAR_SPACE: Space = {"solver": Choice(SOLVERS, "path")}
 """Parameters `probe.*` of linear heads on cached features, which have one optimum.
 
-`path` finds it for a path of L2 penalties and takes the best by cross-validation; `lbfgs` finds it
+`path` finds it for a path of L2 penalties, on the features of one and of all stages, and takes the best
+by cross-validation; `lbfgs` finds it
 for the penalty `probe.l2`; `minibatch` trains it like any other head, with an optimizer and epochs.
 """
 
 L2_SPACE: Space = {"l2": Float(1e-6, 10.0, default=1e-2, log=True)}
 """Parameters `probe.*` of the solver `lbfgs`: half of |W|² times this is added to the mean loss."""
+
+FEATURES = ("pooled", "levels", "grid")
+
+FEATURES_SPACE: Space = {"features": Choice(FEATURES, "pooled")}
+"""Parameters `probe.*` of trials on cached features whose head reads pooled features.
+
+`pooled` are those of the last stage; `levels` adds the mean of what every stage hands to the next, and
+`grid` its mean over each quarter of the image, where the backbone offers them. The solver `path` needs
+no such parameter: it tries all three.
+"""
 
 PROBE_SPACE: Space = {"batch_size": Int(16, 256, default=64, log=True)}
 """Parameters `probe.*` of other trials on cached features."""

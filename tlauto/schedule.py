@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tlauto import metrics
+from tlauto.allocation import pick_strategy
 from tlauto.config import SearchConfig
 from tlauto.contracts import TrialDone, TrialSpec, trains_backbone
 from tlauto.pace import (
@@ -19,6 +21,7 @@ from tlauto.pace import (
     PROBE_STRATEGY,
     Sizes,
     affordable_epochs,
+    image_seconds,
     may_screen,
 )
 from tlauto.searchspace import SearchSpace
@@ -28,10 +31,16 @@ from tlauto.study import TrialRecord
 KEEP_TOP = 3
 """Backbones that stay after screening: the best probes, the default and a wild card beside them."""
 
+FROZEN_S = 2.0
+"""What a trial on cached features is taken to need before one has been seen."""
+
 PROBE_EPOCHS = 150
 PROBE_PATIENCE = 15
 REFIT_PROBE_EPOCHS = 30
 PROBE_HEAD = "linear"
+
+INIT_FILES = ("start.safetensors", "checkpoint.safetensors")
+"""Where a trial left a head that fine-tuning can start from: one on pooled features, where there are two."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,11 @@ class Plan:
         return self._probe(rest[0])
 
     def default_recipe(self) -> dict[str, Scalar]:
-        """What one would do without a search: fine-tune all of the best-known backbone."""
+        """What one would do without a search: fine-tune the best-known backbone, on a CPU its last stages."""
         names = [strategy.name for strategy in self.space.strategies]
-        strategy = next((n for n in ("full", "partial") if n in names), names[0])
+        # On a CPU nobody trains all of a network to see whether it is worth it.
+        wanted = ("partial", "full") if self.device == "cpu" else ("full", "partial")
+        strategy = next((n for n in wanted if n in names), names[0])
         heads = [head.name for head in self.space.heads]
         head = PROBE_HEAD if PROBE_HEAD in heads else heads[0]
         return self.space.defaults(backbone=self.space.backbones[0], strategy=strategy, head=head)
@@ -109,13 +120,39 @@ class Plan:
         return tuple(dict.fromkeys(kept))
 
     def affordable(self, trials: Sequence[TrialRecord], left: float | None) -> tuple[str, ...]:
-        """Freezing strategies that the sampler may propose: frozen ones only when time is short."""
+        """Freezing strategies that there is time for: frozen ones only when it is short."""
         names = tuple(strategy.name for strategy in self.space.strategies)
         frozen = tuple(s.name for s in self.space.strategies if not trains_backbone(s))
         if left is None or not frozen:
             return names
         kept = self.kept(trials)
         return names if any(self._epochs(backbone, trials, left) for backbone in kept) else frozen
+
+    def proposable(self, trials: Sequence[TrialRecord], left: float | None) -> dict[str, tuple[str, ...]]:
+        """What the sampler may propose next: the kept backbones, and the strategy that promises most.
+
+        Args:
+            left: as for `spec`.
+        """
+        kept = self.kept(trials)
+        frozen = {s.name for s in self.space.strategies if not trains_backbone(s)}
+        costs = {name: self._seconds(name, name in frozen, trials) for name in self.affordable(trials, left)}
+        picked = pick_strategy(trials, costs, kept, seed=f"{self.config.seed}/strategy/{len(trials)}")
+        return {"backbone": kept, "strategy": (picked,)}
+
+    def _seconds(self, strategy: str, is_frozen: bool, trials: Sequence[TrialRecord]) -> float:
+        """What a trial with this strategy takes: the median of those before it, else a guess."""
+        own = [t for t in trials if t.params.get("strategy") == strategy and "seconds" in t.attrs]
+        if is_frozen:  # the first on each backbone computed the features for all
+            own = [t for t in own if t.attrs.get("purpose") != "probe"]
+        if own:
+            return statistics.median(float(t.attrs["seconds"]) for t in own)
+        if is_frozen:
+            return FROZEN_S
+        preset, images = self.config.recipe, self.sizes.train
+        if self.device == "cpu" and preset.cpu_epoch_images:
+            images = min(images, preset.cpu_epoch_images)
+        return image_seconds(trials, self.sizes) * images * preset.finetune_epochs
 
     def spec(
         self, record: TrialRecord, trials: Sequence[TrialRecord], *, left: float | None = None
@@ -185,7 +222,7 @@ class Plan:
         on_it = [t for t in trials if t.state == "complete" and t.params["backbone"] == backbone]
         probes = [t for t in on_it if t.params["strategy"] in frozen]
         probes.sort(key=lambda t: (t.params["head"] == head, *rank(t)), reverse=True)
-        files = [self.trial_folder(t.number) / "checkpoint.safetensors" for t in probes]
+        files = [self.trial_folder(t.number) / name for t in probes for name in INIT_FILES]
         return next((str(file) for file in files if file.is_file()), None)
 
 

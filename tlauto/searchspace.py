@@ -68,10 +68,12 @@ class SearchSpace:
         if is_linear(head) and not trains_backbone(strategy):
             take("probe", recipe.LINEAR_SPACE)
             if values["probe.solver"] == "lbfgs":
-                take("probe", recipe.L2_SPACE)
+                take("probe", {**recipe.L2_SPACE, **recipe.FEATURES_SPACE})
             if values["probe.solver"] != "minibatch":
                 return values  # the optimum is computed: there is nothing to choose about training
         take(f"head.{head.name}", head.space)
+        if not trains_backbone(strategy) and head.features(_own(values, f"head.{head.name}")) == "pooled":
+            take("probe", recipe.FEATURES_SPACE)
         take("optim", recipe.OPTIM_SPACE)
         take(f"optim.{values['optim.name']}", recipe.OPTIMIZER_SPACES[str(values["optim.name"])])
         for owner, space in _training_spaces(trains_backbone(strategy)):
@@ -92,9 +94,16 @@ class SearchSpace:
             spaces += _training_spaces(trains_backbone(strategy))
         if any(map(is_linear, self.heads)) and not all(map(trains_backbone, self.strategies)):
             spaces += [("probe", recipe.LINEAR_SPACE), ("probe", recipe.L2_SPACE)]
+        if not all(map(trains_backbone, self.strategies)):
+            spaces += [("probe", recipe.FEATURES_SPACE)]
         for owner, space in spaces:
             for name, parameter in space.items():
                 yield f"{owner}.{name}", parameter
+
+
+def _own(values: Mapping[str, Scalar], owner: str) -> dict[str, Scalar]:
+    prefix = f"{owner}."
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def _training_spaces(is_trained: bool) -> list[tuple[str, Space]]:

@@ -325,4 +325,4 @@ def test_cached_features_say_which_engine_made_them(
     found = source.features(["train"], "pooled")
     (sidecar,) = Path(spec.cache, "features").glob("*.json")
     assert json.loads(sidecar.read_text())["engine"] == "pytorch, BatchNorm folded"
-    assert found.shape == (24, source.facts.shape.pooled)
+    assert found.shape == (24, source.facts.widths.shape.pooled)

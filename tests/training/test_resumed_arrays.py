@@ -85,7 +85,7 @@ def test_features_go_on_after_the_last_complete_batch(
 
 def features(spec: TrialSpec, registry: Registry, dataset: Dataset) -> torch.Tensor:
     source = FeatureSource(spec, registry, dataset, torch.device("cpu"))
-    return source.features(["train"], "pooled")
+    return source.features(["train"], "grid")
 
 
 def leave_part(path: Path, whole: torch.Tensor, *, rows: int) -> None:

@@ -24,6 +24,7 @@ from tlauto.training.model import Standardise, restore
 from tlauto.training.predictor import Predictor
 
 FROZEN, TRAINED = "feature_extraction", ("partial", "full")
+POOLED = {"probe.solver": "lbfgs", "probe.l2": 1e-2}  # a head that fine-tuning can go on with
 Run = Callable[..., TrialDone]
 Offering = Callable[..., Registry]
 
@@ -195,7 +196,7 @@ def test_statistics_stay_as_pretrained_unless_the_trial_asks_for_training_mode(
 def test_fine_tuning_from_a_probe_starts_where_the_probe_ended(
     spec: TrialSpec, run: Run, tmp_path: Path
 ) -> None:
-    probe = replace(spec, epochs=100, folder=str(tmp_path / "probe"))
+    probe = replace(spec, params=POOLED, folder=str(tmp_path / "probe"))
     before = run(probe)
     first: list[EpochResult] = []
     init = str(tmp_path / "probe" / "checkpoint.safetensors")
@@ -235,7 +236,7 @@ def test_a_plan_may_change_from_epoch_to_epoch(spec: TrialSpec, run: Run, offeri
 
 
 def test_a_fine_tuned_head_starts_from_a_probe(spec: TrialSpec, run: Run, tmp_path: Path) -> None:
-    probe = replace(spec, epochs=30, folder=str(tmp_path / "probe"))
+    probe = replace(spec, params=POOLED, folder=str(tmp_path / "probe"))
     probed = run(probe)
     started = replace(
         spec, strategy="partial", epochs=1, init_head=str(tmp_path / "probe/checkpoint.safetensors"),
@@ -251,7 +252,7 @@ def test_a_fine_tuned_head_starts_from_a_probe(spec: TrialSpec, run: Run, tmp_pa
 def test_a_probe_with_another_head_gives_only_its_feature_scaling(
     spec: TrialSpec, run: Run, tmp_path: Path
 ) -> None:
-    probe = replace(spec, folder=str(tmp_path / "probe"))
+    probe = replace(spec, params=POOLED, folder=str(tmp_path / "probe"))
     run(probe)
     done = run(replace(spec, head="mlp", init_head=str(tmp_path / "probe/checkpoint.safetensors")))
     assert done.epochs == 3

@@ -11,6 +11,7 @@ from tlauto.backbone.files import (
     read_tensors,
     tensor_shapes,
 )
+from tlauto.backbone.levels import narrowed
 from tlauto.backbone.network import TorchBackbone, count_parameters, hash_weights, mean_of_map
 from tlauto.backbone.split import Parts, agree, cut
 from tlauto.backbone.stages import merge_norm_stages, stages_by_resolution, stages_by_unit, units_of
@@ -26,6 +27,7 @@ __all__ = [
     "load_strictly",
     "mean_of_map",
     "merge_norm_stages",
+    "narrowed",
     "read_tensors",
     "stages_by_resolution",
     "stages_by_unit",

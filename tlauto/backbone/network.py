@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
+from tlauto.backbone.levels import Handovers
 from tlauto.backbone.split import Parts, cut
 from tlauto.backbone.stages import Features, device_of
 from tlauto.contracts import Backbone, FeatureShape, ImageInput
 from tlauto.errors import ConfigError, PluginError, did_you_mean
+from tlauto.levels import Level
 from tlauto.splits import Split
 
 
@@ -58,6 +60,8 @@ class TorchBackbone:
         self._pooled = pooled
         self._unpooled = unpooled
         self._parts = parts
+        self._handovers: tuple[nn.Module, Handovers] | None = None
+        self.level_shape: tuple[Level, ...] = ()
         self.feature_shape, ran = self._measure()
         self.stages = _join_unused_tail(self.stages, ran)
 
@@ -71,6 +75,23 @@ class TorchBackbone:
         """Features (N, C, H, W) of normalised images (N, 3, H, W), before global pooling."""
         return self._unpooled(self.module, images)
 
+    def levels(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (N, F) of all levels, in the form of `level_shape`, `pooled` last."""
+        # A copy of this backbone has a module of its own.
+        if self._handovers is None or self._handovers[0] is not self.module:
+            with torch.no_grad():
+                self._handovers = self.module, self._find_handovers(images[:1])
+        return self._handovers[1].levels(images, self.pooled)
+
+    def _find_handovers(self, images: torch.Tensor) -> Handovers:
+        parameters = dict(self.module.named_parameters())
+        numbered = ((i, name) for i, names in enumerate(self.stages) for name in names)
+        stage_of = {id(parameters[name]): i for i, name in numbered if name in parameters}
+        return Handovers(self._seen_parts(), stage_of, run=self.pooled, images=images)
+
+    def _seen_parts(self) -> Parts:
+        return self._parts() if self._parts else [(m, list(m.parameters())) for m in self.module.modules()]
+
     def split(self, stage: int) -> Split | None:
         """The network cut before `stages[stage]`, shown to be exact; None where it cannot be cut."""
         return cut(
@@ -79,7 +100,7 @@ class TorchBackbone:
             stage,
             runs={"pooled": self.pooled, "unpooled": self.unpooled},
             size=self.input.size,
-            parts=self._parts() if self._parts else None,
+            parts=self._seen_parts(),
         )
 
     def set_trainable(self, names: Collection[str]) -> None:
@@ -112,6 +133,7 @@ class TorchBackbone:
             with torch.no_grad():
                 unpooled = self.unpooled(images)
                 called = set(ran)
+                handovers = self._find_handovers(images)
                 pooled = self.pooled(images)
         finally:
             for handle in hooks:
@@ -125,6 +147,7 @@ class TorchBackbone:
                 f"they must be (N, D) and (N, C, H, W)"
             )
         channels, height, width = unpooled.shape[1:]
+        self._handovers, self.level_shape = (self.module, handovers), handovers.shape
         return FeatureShape(pooled.shape[1], (channels, height, width)), called
 
 

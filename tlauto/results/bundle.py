@@ -134,14 +134,14 @@ def save_bundle(
 
     Raises: ConfigError when the folder cannot be written or holds something else.
     """
-    folder = Path(folder)
-    with replaced_folder(folder) as new:
+    with replaced_folder(Path(folder)) as new:
         save_tensors(classifier, new / WEIGHTS_FILE)
         manifest = Manifest(
             task=spec.task,
             labels=dataset.classes,
             backbone=info,
             input=classifier.source.input,
+            features=classifier.kind if classifier.kind in ("levels", "grid") else None,
             spec=portable(spec),
             metrics=done.metrics,
             evaluated_on=evaluated_on,
@@ -156,7 +156,7 @@ def save_bundle(
         )
         fitted = {f"{item.sha256}\n" for item in dataset.part(*spec.fit_on)}
         (new / FITTED_FILE).write_text("".join(sorted(fitted)), encoding="utf-8")
-        (new / CARD_FILE).write_text(write_card(manifest, name=folder.name), encoding="utf-8")
+        (new / CARD_FILE).write_text(write_card(manifest, name=Path(folder).name), encoding="utf-8")
         (new / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

@@ -9,14 +9,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tlauto.contracts import BackboneInfo, ImageInput, TrialSpec, WeightsOptions, spec_from_json, to_json
 from tlauto.data.dataset import Dataset
 from tlauto.errors import ConfigError, DataError
 
 FORMAT = "tlauto model bundle"
-FORMAT_VERSION = 2  # 2: `ensemble`; written only where there is one, so that older versions read the rest
+FORMAT_VERSION = 3  # 2: `ensemble`, 3: `features`; only where they are, so that older versions read the rest
 MANIFEST_FILE = "tlauto.json"
 TASKS = ("multiclass", "multilabel", "regression")
 
@@ -72,6 +72,8 @@ class Manifest:
         metrics: name to {"value", "low", "high"}, a 95 % interval, measured on `evaluated_on`.
         comparison: the model against the default recipe, when both were tested.
         ensemble: further bundles that answer with it; `metrics` are then those of all together.
+        features: what of the backbone the head gets instead of pooled features: those of all stages, by
+            their means (`levels`) or those of each quarter of the image (`grid`).
         versions: distribution to version; provenance: what came from which plugin.
         sha256: of the tensors' file.
         probe: the network's outputs for a fixed image, compared when it is built again.
@@ -93,10 +95,12 @@ class Manifest:
     provenance: Mapping[str, str] = field(default_factory=dict)
     comparison: Mapping[str, Any] | None = None
     ensemble: Ensemble | None = None
+    features: Literal["levels", "grid"] | None = None
 
     def to_json(self) -> str:
         """The manifest as indented JSON; `read_manifest` reads it."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION if self.ensemble else 1}
+        version = 3 if self.features else 2 if self.ensemble else 1
+        head = {"format": FORMAT, "format_version": version}
         data = {**head, **dataclasses.asdict(self), "spec": json.loads(to_json(portable(self.spec)))}
         return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -169,7 +173,18 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         provenance=_texts(data, "provenance"),
         comparison=_mapping(data, "comparison") if data.get("comparison") is not None else None,
         ensemble=_ensemble(_mapping(data, "ensemble")) if data.get("ensemble") is not None else None,
+        features=_features(data.get("features")),
     )
+
+
+def _features(value: object) -> Literal["levels", "grid"] | None:
+    if value == "levels":
+        return "levels"
+    if value == "grid":
+        return "grid"
+    if value is not None:
+        raise ValueError(f"'features' is {value!r}")
+    return None
 
 
 def _ensemble(data: Mapping[str, Any]) -> Ensemble:

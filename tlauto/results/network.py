@@ -70,7 +70,8 @@ def build_network(folder: Path, file: Path, manifest: Manifest, plugins: Registr
         owner = f"head.{spec.head}"
         given = {n.removeprefix(f"{owner}."): v for n, v in spec.params.items() if n.startswith(f"{owner}.")}
         params = complete(head.space, given, owner=owner)
-        classifier = assemble(backbone, head, params, task(spec.task).num_outputs(manifest.labels))
+        outputs = task(spec.task).num_outputs(manifest.labels)
+        classifier = assemble(backbone, head, params, outputs, manifest.features)
     except TlautoError as error:
         raise DataError(f"the model bundle {folder} cannot be built here: {error}") from None
     if isinstance(backbone, TorchBackbone):

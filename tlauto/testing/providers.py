@@ -130,6 +130,24 @@ class BackboneProviderSuite:
         assert unpooled.shape == (2, *backbone.feature_shape.unpooled)
         assert torch.isfinite(pooled).all() and torch.isfinite(unpooled).all()
 
+    def test_its_levels_have_the_form_it_states_and_end_with_the_pooled_features(self) -> None:
+        import torch
+
+        from tlauto.levels import Levelled, width_of
+
+        backbone = self._load()
+        if not isinstance(backbone, Levelled):
+            return
+        backbone.set_training(False)
+        with torch.no_grad():
+            images = _images(backbone, 2)
+            levels, pooled = backbone.levels(images), backbone.pooled(images)
+        shape = backbone.level_shape
+        assert tuple(shape[-1]) == (backbone.feature_shape.pooled, 1)
+        assert levels.shape == (2, width_of(shape, kind="grid"))
+        assert torch.isfinite(levels).all()
+        torch.testing.assert_close(levels[:, -shape[-1].channels :], pooled, rtol=1e-4, atol=1e-4)
+
     def test_in_inference_an_image_alone_has_the_features_it_has_among_others(self) -> None:
         import torch
 

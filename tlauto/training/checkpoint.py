@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,16 +15,19 @@ from torch import nn
 
 from tlauto.contracts import TrialSpec
 from tlauto.errors import TrialError
-from tlauto.training.model import Classifier, Readout
+from tlauto.training.model import Classifier, Kind, Readout
 
 FILE = "checkpoint.safetensors"
+START = "start.safetensors"
+"""Beside a checkpoint whose head reads several stages: the best head on pooled features alone."""
+
 State = Mapping[str, torch.Tensor]
 
 
-def save_checkpoint(folder: Path, state: State, spec: TrialSpec, kind: str) -> Path:
-    """Write `checkpoint.safetensors`, whole or not at all, and return its path."""
+def save_checkpoint(folder: Path, state: State, spec: TrialSpec, kind: str, *, file: str = FILE) -> Path:
+    """Write a checkpoint, whole or not at all, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, temporary = folder / FILE, folder / f".{FILE}.part"
+    path, temporary = folder / file, folder / f".{file}.part"
     # Cloned, because safetensors refuses tensors that share memory (tied weights).
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, temporary, {"backbone": spec.backbone, "head": spec.head, "features": kind})
@@ -43,6 +47,17 @@ def load_checkpoint(classifier: Classifier, path: Path, spec: TrialSpec) -> None
     if wrong:
         raise TrialError(f"the checkpoint {path} is of another model: look at '{wrong[0]}'")
     classifier.load_state_dict(state, strict=False)
+
+
+def kind_of(path: Path) -> Kind:
+    """What of the backbone the head of a checkpoint reads. Raises: TrialError when it cannot be read."""
+    _, about = _read(path)
+    said = about.get("features", "")
+    for kind in get_args(Kind):
+        if said == kind:
+            known: Kind = kind
+            return known
+    raise TrialError(f"the checkpoint {path} does not say which features its head reads")
 
 
 def start_from(readout: Readout, path: Path, spec: TrialSpec) -> bool:

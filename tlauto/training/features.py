@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tlauto.backbone import hash_weights
-from tlauto.contracts import Backbone, FeatureShape, ImageInput, TrialSpec
+from tlauto.backbone import hash_weights, narrowed
+from tlauto.contracts import Backbone, ImageInput, TrialSpec
 from tlauto.data import Dataset
 from tlauto.plugins import Registry
 from tlauto.training.arrays import cached_array
 from tlauto.training.batches import centre_batches
 from tlauto.training.engines import Extractor
 from tlauto.training.linear import stratified_folds
-from tlauto.training.model import Kind, load_backbone
+from tlauto.training.model import Kind, Widths, load_backbone
 from tlauto.training.pixels import Pixels, contents, geometry, load_pixels
 
 SAMPLE = 512  # images that feature scaling is measured on
@@ -35,7 +35,7 @@ class Facts:
     """What a trial on cached features needs to know of its backbone."""
 
     input: ImageInput
-    shape: FeatureShape
+    widths: Widths
     weights: str
 
 
@@ -66,7 +66,7 @@ class FeatureSource:
         key = (self.registry, self.spec.backbone, json.dumps(asdict(self.spec.weights), sort_keys=True))
         if key not in _known:
             backbone = self.backbone
-            _known[key] = Facts(backbone.input, backbone.feature_shape, hash_weights(backbone))
+            _known[key] = Facts(backbone.input, Widths.of(backbone), hash_weights(backbone))
         return _known[key]
 
     def pixels(self, splits: Sequence[str]) -> Pixels:
@@ -80,13 +80,13 @@ class FeatureSource:
 
     def features(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features (N, D) or (N, C, H, W) of these splits, split after split."""
-        parts = [self._cached([split], kind, range(len(self.dataset.part(split)))) for split in splits]
+        parts = [self._features([split], kind, range(len(self.dataset.part(split)))) for split in splits]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features of up to 512 images, evenly spaced over these splits."""
         count = sum(len(self.dataset.part(split)) for split in splits)
-        features = self._cached(splits, kind, sample_indices(count))
+        features = self._features(splits, kind, sample_indices(count))
         self._extractors.clear()  # what asks for a sample trains the backbone next, and needs the memory
         return features
 
@@ -100,13 +100,21 @@ class FeatureSource:
             )  # fmt: skip
         return self._extractors[kind]
 
+    def _features(self, splits: Sequence[str], kind: Kind, indices: Sequence[int]) -> torch.Tensor:
+        """One forward pass gives all levels, so whatever is pooled is a part of the same cached array."""
+        levels = self.facts.widths.levels
+        if kind == "unpooled" or not levels:
+            return self._cached(splits, kind, indices)
+        return narrowed(self._cached(splits, "grid", indices), levels, to=kind)
+
     def _cached(self, splits: Sequence[str], kind: Kind, indices: Sequence[int]) -> torch.Tensor:
         facts = self.facts
         items = [item for split in splits for item in self.dataset.part(split)]
         about = {"mean": facts.input.mean, "std": facts.input.std, "bgr": facts.input.bgr, "kind": kind}
         about["device"] = self.device.type  # a GPU rounds differently
         key = contents([items[i] for i in indices], weights=facts.weights, **geometry(facts.input), **about)
-        width = (facts.shape.pooled,) if kind == "pooled" else facts.shape.unpooled
+        seen = facts.widths.shape_of(kind)
+        width = seen.unpooled if kind == "unpooled" else (seen.pooled,)
 
         def blocks(first: int) -> Iterator[np.ndarray]:
             pixels, run = self.pixels(splits), self._extractor(kind)

@@ -20,7 +20,7 @@ from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
 from tlauto.data import Dataset
 from tlauto.errors import OutOfMemory
 from tlauto.plugins import Registry, loaded_libraries
-from tlauto.training.checkpoint import save_checkpoint
+from tlauto.training.checkpoint import START, save_checkpoint
 from tlauto.training.finetune import fine_tune
 from tlauto.training.frozen import fit_head
 from tlauto.training.seeding import seed_everything
@@ -64,6 +64,8 @@ def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, st
     predictions = fitted.evaluation.predictions
     paths = [item.path for item in dataset.part(spec.evaluate_on)]
     checkpoint = save_checkpoint(Path(spec.folder), fitted.state, spec, fitted.kind)
+    if fitted.start is not None:
+        save_checkpoint(Path(spec.folder), fitted.start, spec, "pooled", file=START)
     answers = {"targets": targets, "predictions": predictions, "paths": np.array(paths)}
     held_out = fitted.held_out
     if held_out is not None:
@@ -90,6 +92,7 @@ def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, st
         is_pruned=fitted.is_pruned,
         trainable=fitted.trainable,
         held_out=None if held_out is None else float(metrics.score(spec.metric, *both)),
+        features=fitted.kind,
         versions=loaded_libraries(),
         provenance=_provenance(spec, registry),
     )

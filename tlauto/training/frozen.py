@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +11,8 @@ import torch
 from tlauto.contracts import EpochResult
 from tlauto.errors import Diverged
 from tlauto.training.batches import Stream
-from tlauto.training.checkpoint import start_from
-from tlauto.training.features import sample_indices
 from tlauto.training.linear import FOLDS
-from tlauto.training.model import Readout, build_readout
+from tlauto.training.model import Readout
 from tlauto.training.optim import head_groups, make_optimizer, set_rates
 from tlauto.training.rows import Rows
 from tlauto.training.seeding import seed_everything
@@ -36,37 +33,29 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     that looks best on a small part is mostly the luckiest.
     """
     started = time.perf_counter()
-    spec = trial.spec
-    readout = build_readout(trial.source.facts.shape, trial.head, trial.settings.head, trial.num_outputs)
+    solves = trial.settings.solver != "minibatch"
+    fitted, train_loss = solve_head(trial) if solves else _train_head(trial)
+    seconds, found = time.perf_counter() - started, fitted.evaluation
+    on_epoch(EpochResult(trial.spec.number, fitted.epochs, found.score, train_loss, found.loss, seconds))
+    return fitted
+
+
+def _train_head(trial: Trial) -> tuple[Fitted, float]:
+    """Train the head in mini-batches. Returns: its best epoch, and the last one's training loss."""
+    spec, readout = trial.spec, trial.readout(trial.kind)
     train = trial.source.features(spec.fit_on, readout.kind)
     valid = trial.source.features([spec.evaluate_on], readout.kind)
-    _initialise(readout, trial, train)
+    trial.initialise(readout, train)
     readout.to(trial.device)
     rows = [Rows(features, readout.norm, trial.device) for features in (train, valid)]
-    if trial.settings.solver != "minibatch":
-        fitted, train_loss = solve_head(readout, trial, *rows)
-        seconds = time.perf_counter() - started
-        found = fitted.evaluation
-        on_epoch(EpochResult(spec.number, 1, found.score, train_loss, found.loss, seconds))
-        return fitted
     best, train_loss = _epochs(readout, trial, *rows)
     winner, claimed = best.winner, spec.prove_above
     is_claim = trial.selects and claimed is not None and winner.score >= claimed
     numbers = sum(parameter.numel() for parameter in readout.head.parameters())
     is_cheap = numbers * len(train) * best.epoch * FOLDS <= AFFORDABLE
     held_out = _cross_validated(trial, rows[0], best.epoch) if is_claim and is_cheap else None
-    seconds = time.perf_counter() - started
-    on_epoch(EpochResult(spec.number, best.seen, winner.score, train_loss, winner.loss, seconds))
-    return Fitted(best.epoch, winner, best.state, readout.kind, best.seen, numbers, held_out=held_out)
-
-
-def _initialise(readout: Readout, trial: Trial, train: torch.Tensor) -> None:
-    """Measure the scaling of features and targets, or take it over from another trial."""
-    if trial.task.name == "regression":
-        readout.output.measure(torch.from_numpy(trial.train_targets))
-    init = trial.spec.init_head
-    if init is None or not start_from(readout, Path(init), trial.spec):
-        readout.norm.measure(train[sample_indices(len(train))])
+    fitted = Fitted(best.epoch, winner, best.state, readout.kind, best.seen, numbers, held_out=held_out)
+    return fitted, train_loss
 
 
 def _epochs(readout: Readout, trial: Trial, train: Rows, valid: Rows) -> tuple[Best, float]:
@@ -115,7 +104,7 @@ def _cross_validated(trial: Trial, train: Rows, epochs: int) -> np.ndarray | Non
     outputs = torch.empty(len(folds), trial.num_outputs)
     for fold in torch.unique(folds):
         seed_everything(trial.spec.seed)
-        readout = build_readout(trial.source.facts.shape, trial.head, trial.settings.head, trial.num_outputs)
+        readout = trial.readout(trial.kind)
         if trial.task.name == "regression":
             readout.output.measure(torch.from_numpy(trial.train_targets))
         readout.to(trial.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ class Problem:
         penalties: Sequence[float],
         rows: Sequence[torch.Tensor],
         *,
-        tolerance: float = 1e-3,
+        tolerance: float = 3e-4,
+        start: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Heads (B, D + 1, K), the bias last, of B penalties, each fitted on its own rows.
 
@@ -54,29 +56,45 @@ class Problem:
 
         Args:
             tolerance: see `lbfgs.minimise`.
+            start: heads (B, D + 1, K) to start from, zeros by default.
         """
-        basis = _row_space(self.features)
-        x = self.features if basis is None else _projected(self.features, basis)
-        together = max(1, TOGETHER // (len(x) * self.num_outputs))
+        axes = self._axes
+        if start is not None:
+            start = torch.cat([axes.basis.T @ start[:, :-1], start[:, -1:]], dim=1)
+        together = max(1, TOGETHER // (len(self.features) * self.num_outputs))
         parts = []
         for first in range(0, len(penalties), together):
             some = slice(first, first + together)
-            parts.append(self._solve(x, list(penalties[some]), list(rows[some]), tolerance))
+            begin = None if start is None else start[some]
+            parts.append(self._solve(list(penalties[some]), list(rows[some]), tolerance, begin))
         heads = torch.cat(parts)
-        if basis is None:
-            return heads
-        return torch.cat([basis @ heads[:, :-1], heads[:, -1:]], dim=1)
+        return torch.cat([axes.basis @ heads[:, :-1], heads[:, -1:]], dim=1)
+
+    @cached_property
+    def _axes(self) -> Axes:
+        """The features along their own principal axes."""
+        return principal_axes(self.features)
 
     def _solve(
-        self, x: Rows, penalties: list[float], rows: list[torch.Tensor], tolerance: float
+        self,
+        penalties: list[float],
+        rows: list[torch.Tensor],
+        tolerance: float,
+        start: torch.Tensor | None,
     ) -> torch.Tensor:
+        """The same in the coordinates of the axes."""
+        x = self._axes.rows
         width, outputs = x.features.shape[1], self.num_outputs
         penalty = torch.tensor(penalties, device=x.device)
         nothing = torch.zeros(len(x), outputs, device=x.device)
         unit = torch.stack([self._mean_loss(nothing, r) for r in rows]).clamp_min(1e-12)
+        # Steps in units of the curvature along each axis, (B, D + 1, 1): the bias sees the mean of ones.
+        bends = self._curvature / unit[:, None, None]
+        along = bends * self._axes.squares[:, None] + penalty[:, None, None]
+        scale = torch.cat([along, bends], dim=1).rsqrt()
 
         def objective(points: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            heads = points.view(len(points), width + 1, outputs)
+            heads = points.view(len(points), width + 1, outputs) * scale[which]
             weights = heads[:, :width].permute(1, 0, 2).reshape(width, -1)
             products = torch.cat([block @ weights for _, block in x.blocks()])
             logits = products.view(len(x), len(points), outputs) + heads[:, width]
@@ -92,11 +110,27 @@ class Problem:
             products = torch.stack([block.T @ flat[part] for part, block in x.blocks()]).sum(dim=0)
             down = products.view(width, len(points), outputs).permute(1, 0, 2)
             down = down + penalty[which][:, None, None] * heads[:, :width]
-            gradient = torch.cat([down, slopes.sum(dim=0)[:, None]], dim=1)
+            gradient = torch.cat([down, slopes.sum(dim=0)[:, None]], dim=1) * scale[which]
             return values, gradient.reshape(len(points), -1)
 
-        start = torch.zeros(len(rows), (width + 1) * outputs, device=x.device)
-        return minimise(objective, start, tolerance=tolerance).view(len(rows), width + 1, outputs)
+        heads = torch.zeros(len(rows), width + 1, outputs, device=x.device) if start is None else start
+        found = minimise(objective, (heads / scale).flatten(1), tolerance=tolerance)
+        return found.view_as(heads) * scale
+
+    @cached_property
+    def _curvature(self) -> float:
+        """The loss' second derivative by one logit, times rows, on average at zero (Hutchinson 1989)."""
+        logits = torch.zeros(
+            len(self.features), self.num_outputs, device=self.targets.device, requires_grad=True
+        )
+        signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        signs = signs.to(logits.device)
+        with torch.enable_grad():
+            loss = self.loss(self.output(logits), self.targets)
+            (slopes,) = torch.autograd.grad(loss, logits, create_graph=True)
+            (bends,) = torch.autograd.grad((slopes * signs).sum(), logits, allow_unused=True)
+        found = 0.0 if bends is None else float((bends * signs).sum()) / self.num_outputs
+        return max(found, 1e-6)
 
     def _mean_loss(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return self.loss(self.output(logits[rows]), self.targets[rows])
@@ -114,11 +148,13 @@ class CrossValidated:
         penalty: of `GRID`.
         outputs: (N, K) of each row, by a head that has not seen the row's fold.
         loss: mean of all rows.
+        heads: (F, D + 1, K), one without each fold.
     """
 
     penalty: float
     outputs: torch.Tensor
     loss: float
+    heads: torch.Tensor
 
 
 def cross_validate(problem: Problem, folds: torch.Tensor) -> CrossValidated:
@@ -131,26 +167,31 @@ def cross_validate(problem: Problem, folds: torch.Tensor) -> CrossValidated:
         folds: (N,) number of the fold that each row is held out in.
     """
     found: dict[int, CrossValidated] = {}
-    wanted = list(FIRST)
+    wanted, start = list(FIRST), None
     while wanted:
-        found |= dict(zip(wanted, _held_out(problem, folds, [GRID[i] for i in wanted]), strict=True))
+        tried = _held_out(problem, folds, [GRID[i] for i in wanted], start)
+        found |= dict(zip(wanted, tried, strict=True))
         best = min(found, key=lambda i: found[i].loss)
         wanted = [i for i in (best - 1, best + 1) if 0 <= i < len(GRID) and i not in found]
+        start = found[best].heads
     return found[best]
 
 
-def _held_out(problem: Problem, folds: torch.Tensor, penalties: Sequence[float]) -> list[CrossValidated]:
+def _held_out(
+    problem: Problem, folds: torch.Tensor, penalties: Sequence[float], start: torch.Tensor | None
+) -> list[CrossValidated]:
     names = torch.unique(folds)
     held_out = [torch.nonzero(folds == name)[:, 0] for name in names]
     learned = [torch.nonzero(folds != name)[:, 0] for name in names]
-    heads = problem.solve([p for p in penalties for _ in names], learned * len(penalties))
+    begin = None if start is None else start.repeat(len(penalties), 1, 1)
+    heads = problem.solve([p for p in penalties for _ in names], learned * len(penalties), start=begin)
     found = []
     for penalty, own in zip(penalties, torch.split(heads, len(names)), strict=True):
         outputs = torch.empty(len(folds), problem.num_outputs, device=folds.device)
         for head, rows in zip(own, held_out, strict=True):
             outputs[rows] = problem.answers(head, rows)
         loss = float(problem.loss(outputs, problem.targets))
-        found.append(CrossValidated(penalty, outputs, loss))
+        found.append(CrossValidated(penalty, outputs, loss, own))
     return found
 
 
@@ -176,16 +217,42 @@ def stratified_folds(targets: Sequence[object], groups: Sequence[int], seed: int
     return folds
 
 
-def _row_space(features: Rows) -> torch.Tensor | None:
-    """An orthonormal basis (D, N) of what the rows span, when that is much smaller than D.
+@dataclass(frozen=True)
+class Axes:
+    """Features in the coordinates of their principal axes.
 
-    The optimum under an L2 penalty lies in it, so nothing is lost.
+    Attributes:
+        basis: (D, A), orthonormal.
+        rows: the features (N, A) along the axes.
+        squares: mean square (A,) along each.
     """
-    if 2 * len(features) > features.features.shape[1] or not features.is_small:
-        return None
-    basis: torch.Tensor = torch.linalg.qr(features.features.T).Q
-    return basis
+
+    basis: torch.Tensor
+    rows: Rows
+    squares: torch.Tensor
 
 
-def _projected(features: Rows, basis: torch.Tensor) -> Rows:
-    return Rows(features.features @ basis, lambda rows: rows, features.device)
+def principal_axes(features: Rows) -> Axes:
+    """The axes of what the rows span: at most as many as rows.
+
+    The optimum under an L2 penalty lies in their span, and along them the loss of a linear head bends
+    about as much as the features scatter, which makes the steps of a minimiser the right ones.
+    """
+    count, width = len(features), features.features.shape[1]
+    gram = torch.zeros(width, width, device=features.device)
+    if count < width and features.is_small:
+        x = features.features
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        is_sound = values > 1e-6 * values[-1]
+        values, vectors = values[is_sound], vectors[:, is_sound]
+        basis = x.T @ vectors * values.rsqrt()
+    else:
+        for _, block in features.blocks():
+            gram += block.T @ block
+        values, basis = torch.linalg.eigh(gram)
+    rows = (
+        Rows(features.features @ basis, lambda part: part, features.device)
+        if features.is_small
+        else Rows(features.features, lambda part: features.norm(part) @ basis, features.device, limit=0)
+    )
+    return Axes(basis, rows, values.clamp_min(0) / count)

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from tlauto.backbone import TorchBackbone
+from tlauto.backbone import TorchBackbone, narrowed
 from tlauto.contracts import Backbone, FeatureShape, TaskHead, TrialSpec
 from tlauto.data import Dataset
+from tlauto.errors import TrialError
+from tlauto.levels import Level, Levelled, level_shape_of, width_of
 from tlauto.plugins import Registry
 from tlauto.space import Scalar
 from tlauto.training.seeding import seed_everything
 from tlauto.training.tasks import find_task
 
-Kind = Literal["pooled", "unpooled"]
+Kind = Literal["pooled", "unpooled", "levels", "grid"]
+"""What of a backbone a head reads: the pooled features, the last maps, or the means of what all stages
+hand on, over the whole map (`levels`) or its quarters (`grid`), pooled features included."""
 
+LEVELS: Kind = "levels"
+GRID: Kind = "grid"
 
 BOUND = 1.0
 """Least deviation that a channel is divided by, over the average channel's; chosen by the held-out loss
 of `bench/feature_scaling.py`, never on a test part."""
+
+GRID_BOUND = 0.1
+"""The same for the kind `grid`, of which no backbone that learns is ever read."""
 
 
 class Standardise(nn.Module):
@@ -35,8 +45,9 @@ class Standardise(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, bound: float = BOUND) -> None:
         super().__init__()
+        self.bound = bound
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
@@ -50,7 +61,7 @@ class Standardise(nn.Module):
         axes = [0, *range(2, features.ndim)]
         std, mean = torch.std_mean(features.double(), dim=axes, correction=0)
         self.mean.copy_(mean)
-        least = BOUND * std.mean()
+        least = self.bound * std.mean()
         self.std.copy_(torch.where(least > 0, torch.maximum(std, least), 1.0))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -91,7 +102,7 @@ class Readout(nn.Module):
     def __init__(self, head: nn.Module, kind: Kind, channels: int, num_outputs: int) -> None:
         super().__init__()
         self.kind: Kind = kind
-        self.norm = Standardise(channels)
+        self.norm = Standardise(channels, GRID_BOUND if kind == GRID else BOUND)
         self.head = head
         self.output = Rescale(num_outputs)
 
@@ -130,24 +141,58 @@ class Classifier(Readout):
 
 
 def features_of(backbone: Backbone, images: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Pooled (N, D) or unpooled (N, C, H, W) features of normalised images (N, 3, H, W)."""
-    return backbone.pooled(images) if kind == "pooled" else backbone.unpooled(images)
+    """Features (N, D), or (N, C, H, W) when unpooled, of normalised images (N, 3, H, W).
+
+    Raises: TrialError for levels of a backbone that does not offer them.
+    """
+    if kind == "pooled":
+        return backbone.pooled(images)
+    if kind == "unpooled":
+        return backbone.unpooled(images)
+    if not isinstance(backbone, Levelled):
+        raise TrialError("the backbone does not offer the features of its earlier stages (`levels`)")
+    return narrowed(backbone.levels(images), backbone.level_shape, to=kind)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What a head can read of one backbone."""
+
+    shape: FeatureShape
+    levels: tuple[Level, ...]
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Widths:
+        """Those of a backbone."""
+        return cls(backbone.feature_shape, level_shape_of(backbone))
+
+    def shape_of(self, kind: Kind) -> FeatureShape:
+        """The shape as a head is to see it: the width of what it reads is the pooled one."""
+        if kind in ("pooled", "unpooled"):
+            return self.shape
+        return FeatureShape(width_of(self.levels, kind=kind), self.shape.unpooled)
 
 
 def build_readout(
-    shape: FeatureShape, head: TaskHead, params: Mapping[str, Scalar], num_outputs: int
+    widths: Widths, head: TaskHead, params: Mapping[str, Scalar], num_outputs: int, kind: Kind | None = None
 ) -> Readout:
-    """A new readout with the head that these parameters describe."""
-    kind = head.features(params)
-    channels = shape.pooled if kind == "pooled" else shape.unpooled[0]
+    """A new readout with the head that these parameters describe.
+
+    Args:
+        kind: what a head that reads pooled features gets instead; by default just these.
+    """
+    kind = kind or head.features(params)
+    shape = widths.shape_of(kind)
+    channels = shape.unpooled[0] if kind == "unpooled" else shape.pooled
     return Readout(head.build(shape, num_outputs, params), kind, channels, num_outputs)
 
 
 def assemble(
-    backbone: Backbone, head: TaskHead, params: Mapping[str, Scalar], num_outputs: int
-) -> Classifier:
-    """A classifier of this backbone with a new head."""
-    return Classifier(backbone, build_readout(backbone.feature_shape, head, params, num_outputs))
+    backbone: Backbone, head: TaskHead, params: Mapping[str, Scalar], num_outputs: int,
+    kind: Kind | None = None,
+) -> Classifier:  # fmt: skip
+    """A classifier of this backbone with a new head; `kind` as for `build_readout`."""
+    return Classifier(backbone, build_readout(Widths.of(backbone), head, params, num_outputs, kind))
 
 
 def load_backbone(spec: TrialSpec, registry: Registry, device: torch.device) -> Backbone:
@@ -175,12 +220,13 @@ def restore(
 
     Raises: TrialError when the checkpoint is missing, damaged or of another model.
     """
-    from tlauto.training.checkpoint import load_checkpoint
+    from tlauto.training.checkpoint import kind_of, load_checkpoint
     from tlauto.training.params import read
 
     task, head = find_task(spec.task), registry.head(spec.head)
     settings = read(spec, registry.strategy(spec.strategy), head, task)
     backbone = load_backbone(spec, registry, torch.device(device))
-    classifier = assemble(backbone, head, settings.head, task.num_outputs(dataset.classes))
+    outputs = task.num_outputs(dataset.classes)
+    classifier = assemble(backbone, head, settings.head, outputs, kind_of(checkpoint))
     load_checkpoint(classifier, checkpoint, spec)
     return classifier.to(device).eval()

@@ -25,6 +25,7 @@ class Settings:
         augment: a level of `recipe.AUGMENT_LEVELS`.
         solver: `path` or `lbfgs` when the head's optimum is computed, else `minibatch`.
         l2: the penalty of `lbfgs`.
+        features: of the backbone that a head gets instead of pooled ones; a `recipe.FEATURES`.
     """
 
     freeze: Mapping[str, Scalar]
@@ -39,6 +40,7 @@ class Settings:
     augment: str
     solver: str = "minibatch"
     l2: float = 0.0
+    features: str = "pooled"
 
 
 class Params:
@@ -84,15 +86,19 @@ def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) 
     optim = params.take("optim", recipe.OPTIM_SPACE)
     name = str(optim["name"])
     own = params.take(f"optim.{name}", recipe.OPTIMIZER_SPACES[name])
+    own_head = params.take(f"head.{head.name}", head.space)
+    features = "pooled"
     if trains_backbone(strategy):
         finetune = params.take("finetune", recipe.FINETUNE_SPACE)
         augment = params.take("augment", recipe.AUGMENT_SPACE)
     else:
         finetune = {"backbone_lr": 0.0, "train_mode": False, **params.take("probe", recipe.PROBE_SPACE)}
         augment = {"level": "none"}
+        if head.features(own_head) == "pooled":
+            features = str(params.take("probe", recipe.FEATURES_SPACE)["features"])
     return Settings(
         freeze=params.take(f"freeze.{strategy.name}", strategy.space),
-        head=params.take(f"head.{head.name}", head.space),
+        head=own_head,
         loss=params.take("loss", task.space),
         optimizer=name,
         optim={key: _number(value) for key, value in own.items()},
@@ -101,18 +107,21 @@ def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) 
         backbone_lr=_number(finetune["backbone_lr"]),
         train_mode=bool(finetune["train_mode"]),
         augment=str(augment["level"]),
+        features=features,
     )
 
 
 def _solved(params: Params, solver: str, strategy: FreezeStrategy, head: TaskHead, task: Task) -> Settings:
     """The settings of a head whose optimum is computed: no optimizer, no batches, no epochs."""
-    l2 = _number(params.take("probe", recipe.L2_SPACE)["l2"]) if solver == "lbfgs" else 0.0
+    is_given = solver == "lbfgs"  # else cross-validation chooses
+    probe = params.take("probe", {**recipe.L2_SPACE, **recipe.FEATURES_SPACE}) if is_given else {}
     return Settings(
         freeze=params.take(f"freeze.{strategy.name}", strategy.space),
         head=complete(head.space, {}, owner=f"head.{head.name}"),
         loss=params.take("loss", task.space),
         optimizer="lbfgs", optim={}, warmup=0.0, batch_size=1, backbone_lr=0.0, train_mode=False,
-        augment="none", solver=solver, l2=l2,
+        augment="none", solver=solver, l2=_number(probe.get("l2", 0.0)),
+        features=str(probe.get("features", "pooled")),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -128,6 +128,12 @@ class _Impossible(Exception):
     """Why a trial has to run the whole network in every epoch."""
 
 
+def _own(kind: Kind) -> Literal["pooled", "unpooled"]:
+    if kind == "pooled" or kind == "unpooled":
+        return kind
+    raise _Impossible("its head reads several stages")
+
+
 class Prefixed:
     """Activations before the first stage that learns, computed when an epoch first needs them."""
 
@@ -165,7 +171,7 @@ class Prefixed:
 
     def features(self, batch: torch.Tensor, kind: Kind) -> torch.Tensor:
         """Those of the stages that follow."""
-        return self.split.suffix(batch, kind)
+        return self.split.suffix(batch, _own(kind))
 
     @cached_property
     def _valid(self) -> Activations:
@@ -297,10 +303,10 @@ def _prove(backbone: Backbone, split: Split, images: torch.Tensor, kind: Kind) -
         if len(activations) != len(images) or activations.ndim < 2:
             return None
         rounded = activations.half().float()
-        is_exact = agree(split.suffix(activations.clone(), kind), whole)
+        is_exact = agree(split.suffix(activations.clone(), _own(kind)), whole)
         # Far from the largest half, because other images may have larger activations.
         fits = bool(rounded.abs().max() < LARGEST / 4)
-        if not (is_exact and fits and agree(split.suffix(rounded, kind), whole, tolerance=HALVED)):
+        if not (is_exact and fits and agree(split.suffix(rounded, _own(kind)), whole, tolerance=HALVED)):
             return None
     is_map = activations.ndim == 4
     is_last = is_map and activations.is_contiguous(memory_format=torch.channels_last)

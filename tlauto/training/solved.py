@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import nn
 
 from tlauto.errors import TrialError
-from tlauto.training.linear import Problem, cross_validate
-from tlauto.training.model import Readout
+from tlauto.training.linear import CrossValidated, Problem, cross_validate
+from tlauto.training.model import Kind, Readout
 from tlauto.training.rows import Rows
 from tlauto.training.trial import Fitted, Trial
 
@@ -18,39 +21,102 @@ ALONE = 1e-2
 FINE = 1e-4
 
 
-def solve_head(readout: Readout, trial: Trial, train: Rows, valid: Rows) -> tuple[Fitted, float]:
-    """Put the optimal weights into the readout's head.
+def solve_head(trial: Trial) -> tuple[Fitted, float]:
+    """The optimal linear head of a trial.
 
-    With the solver `path` the L2 penalty is chosen by cross-validation over the training rows.
+    With the solver `path` cross-validation over the training rows chooses the L2 penalty, and whether
+    the head reads the pooled features alone or those of all stages.
 
     Returns: the fitted head, with what cross-validation answered for the training rows, and the mean
     training loss. Raises: TrialError when the head is not one linear layer after all.
     """
-    linear = _only_linear(readout.head)
-    targets = torch.from_numpy(trial.train_targets).to(trial.device)
-    problem = Problem(train, targets, trial.loss, readout.output, trial.num_outputs)
-    penalty, held_out = _penalty(problem, trial)
-    everything = torch.arange(len(train), device=trial.device)
-    (head,) = problem.solve([penalty], [everything], tolerance=FINE)
-    with torch.no_grad():
-        linear.weight.copy_(head[:-1].T)
-        linear.bias.copy_(head[-1])
-        logits = readout.eval().answer(valid.take(torch.arange(len(valid))))
-        train_loss = float(trial.loss(problem.answers(head, everything), targets))
-    state = {name: tensor.detach().clone() for name, tensor in readout.state_dict().items()}
-    found = trial.evaluate(logits, 1)
-    return Fitted(1, found, state, readout.kind, 1, head.numel(), held_out=held_out), train_loss
-
-
-def _penalty(problem: Problem, trial: Trial) -> tuple[float, np.ndarray | None]:
-    """The L2 penalty, and the held-out predictions of the rows when cross-validation chose it."""
     if trial.settings.solver == "lbfgs":
-        return trial.settings.l2, None
+        only = _Solving(trial, trial.kind)
+        return only.fitted(trial.settings.l2)
     folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed).to(trial.device)
     if len(torch.unique(folds)) < 2:
-        return ALONE, None
-    found = cross_validate(problem, folds)
-    return found.penalty, trial.task.predict(found.outputs.float().cpu().numpy())
+        return _Solving(trial, trial.kind).fitted(ALONE)
+    pooled = best = _Solving(trial, trial.kind)
+    lowest = found = cross_validate(best.problem, folds)
+    for kind in _further(trial):
+        other = _Solving(trial, kind)
+        found_there = cross_validate(other.problem, folds)
+        if found_there.loss < lowest.loss:
+            best, lowest = other, found_there
+    start = None if best is pooled or not trial.selects else pooled.state(found)
+    return best.fitted(lowest.penalty, lowest, start)
+
+
+def _further(trial: Trial) -> tuple[Kind, ...]:
+    """Features to try besides the pooled ones."""
+    return ("levels", "grid") if trial.source.facts.widths.levels else ()
+
+
+@dataclass(frozen=True)
+class _Solving:
+    """A trial's head on one kind of features."""
+
+    trial: Trial
+    kind: Kind
+
+    @cached_property
+    def train(self) -> torch.Tensor:
+        return self.trial.source.features(self.trial.spec.fit_on, self.kind)
+
+    @cached_property
+    def readout(self) -> Readout:
+        readout = self.trial.readout(self.kind)
+        self.trial.initialise(readout, self.train)
+        return readout.to(self.trial.device)
+
+    @cached_property
+    def targets(self) -> torch.Tensor:
+        return torch.from_numpy(self.trial.train_targets).to(self.trial.device)
+
+    @cached_property
+    def problem(self) -> Problem:
+        trial = self.trial
+        rows = Rows(self.train, self.readout.norm, trial.device)
+        return Problem(rows, self.targets, trial.loss, self.readout.output, trial.num_outputs)
+
+    def state(self, found: CrossValidated) -> dict[str, torch.Tensor]:
+        """The readout's tensors with the optimum for the penalty that was found."""
+        self.solve(found.penalty, found)
+        return {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
+
+    def solve(self, penalty: float, found: CrossValidated | None = None) -> torch.Tensor:
+        """The optimal head (D + 1, K), put into the readout too."""
+        linear = _only_linear(self.readout.head)
+        everything = torch.arange(len(self.train), device=self.trial.device)
+        head: torch.Tensor
+        start = None if found is None else found.heads.mean(dim=0, keepdim=True)
+        (head,) = self.problem.solve([penalty], [everything], tolerance=FINE, start=start)
+        with torch.no_grad():
+            linear.weight.copy_(head[:-1].T)
+            linear.bias.copy_(head[-1])
+        return head
+
+    def fitted(
+        self,
+        penalty: float,
+        found: CrossValidated | None = None,
+        start: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[Fitted, float]:
+        """The head for a penalty, evaluated, and its mean training loss."""
+        trial, head = self.trial, self.solve(penalty, found)
+        valid = Rows(
+            trial.source.features([trial.spec.evaluate_on], self.kind), self.readout.norm, trial.device
+        )
+        everything = torch.arange(len(self.train), device=trial.device)
+        with torch.no_grad():
+            logits = self.readout.eval().answer(valid.take(torch.arange(len(valid))))
+            train_loss = float(trial.loss(self.problem.answers(head, everything), self.targets))
+        held_out = None if found is None else trial.task.predict(found.outputs.float().cpu().numpy())
+        state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
+        result = trial.evaluate(logits, 1)
+        return Fitted(
+            1, result, state, self.kind, 1, head.numel(), held_out=held_out, start=start
+        ), train_loss
 
 
 def _only_linear(head: nn.Module) -> nn.Linear:

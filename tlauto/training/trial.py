@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from tlauto.contracts import FreezeStrategy, Task, TaskHead, TrialSpec
 from tlauto.data import Dataset
 from tlauto.errors import Diverged, TrialError
 from tlauto.plugins import Registry
-from tlauto.training.features import FeatureSource
-from tlauto.training.model import Kind, Readout
+from tlauto.training.checkpoint import start_from
+from tlauto.training.features import FeatureSource, sample_indices
+from tlauto.training.model import GRID, LEVELS, Kind, Readout, build_readout
 from tlauto.training.params import Settings, read
 from tlauto.training.tasks import find_task
 
@@ -46,6 +48,26 @@ class Trial:
     def device(self) -> torch.device:
         """Where it runs."""
         return self.source.device
+
+    @property
+    def kind(self) -> Kind:
+        """What of the backbone the head reads, as the parameters say and the backbone can offer."""
+        own = self.head.features(self.settings.head)
+        wanted = {"levels": LEVELS, "grid": GRID}.get(self.settings.features)
+        return wanted if wanted and own == "pooled" and self.source.facts.widths.levels else own
+
+    def readout(self, kind: Kind) -> Readout:
+        """A new readout with the trial's head on these features."""
+        widths = self.source.facts.widths
+        return build_readout(widths, self.head, self.settings.head, self.num_outputs, kind)
+
+    def initialise(self, readout: Readout, train: torch.Tensor) -> None:
+        """Measure the scaling of features and targets, or take it over from another trial."""
+        if self.task.name == "regression":
+            readout.output.measure(torch.from_numpy(self.train_targets))
+        init = self.spec.init_head
+        if init is None or not start_from(readout, Path(init), self.spec):
+            readout.norm.measure(train[sample_indices(len(train))])
 
     @property
     def selects(self) -> bool:
@@ -129,6 +151,8 @@ class Fitted:
         trainable: numbers that learned, head included.
         held_out: predictions (N, …) for the rows of `fit_on`, each by a head that has not seen it;
             None when there was no cross-validation.
+        start: tensors of the best head on pooled features, for fine-tuning to start from, where `kind`
+            is another.
     """
 
     best_epoch: int
@@ -139,6 +163,7 @@ class Fitted:
     trainable: int
     is_pruned: bool = False
     held_out: np.ndarray | None = None
+    start: Mapping[str, torch.Tensor] | None = None
 
 
 def prepare(spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch.device) -> Trial:

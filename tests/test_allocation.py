@@ -1,0 +1,80 @@
+"""Which freezing strategy comes next: what it promised so far, over what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from tlauto.allocation import CURIOSITY, SPREAD, expected_improvement, pick_strategy
+from tlauto.study import TrialRecord
+
+FROZEN, FULL = "feature_extraction", "full"
+
+
+def trials(scores: Mapping[str, Sequence[float]], backbone: str = "timm:a") -> list[TrialRecord]:
+    pairs = [(strategy, score) for strategy, own in scores.items() for score in own]
+    return [
+        TrialRecord(i, "complete", {"backbone": backbone, "strategy": strategy}, score)
+        for i, (strategy, score) in enumerate(pairs)
+    ]
+
+
+def shares(found: list[TrialRecord], costs: Mapping[str, float], draws: int = 400) -> dict[str, float]:
+    picks = Counter(pick_strategy(found, costs, ["timm:a"], seed=str(i)) for i in range(draws))
+    return {name: picks[name] / draws for name in costs}
+
+
+def test_the_expected_improvement_is_that_of_the_normal_distribution() -> None:
+    scores, best = [0.80, 0.90, 0.85], 0.90
+    mean = (best + sum(scores)) / 4
+    deviation = np.sqrt((SPREAD**2 + sum((s - mean) ** 2 for s in scores)) / 4)
+    draws = np.random.default_rng(0).normal(mean, deviation, 400_000)
+    assert expected_improvement(scores, best) == pytest.approx(np.maximum(draws - best, 0).mean(), rel=0.02)
+
+
+def test_more_bad_scores_promise_less() -> None:
+    promised = [expected_improvement([0.8] * count, 0.95) for count in (0, 1, 3, 10, 100)]
+    assert promised == sorted(promised, reverse=True)
+    assert promised[-1] >= 0
+
+
+def test_of_equal_promise_the_cheaper_is_taken_more_often() -> None:
+    found = trials({FROZEN: [0.9, 0.91], FULL: [0.9, 0.91]})
+    share = shares(found, {FROZEN: 1.0, FULL: 100.0})
+    assert share[FROZEN] > 0.9
+    share = shares(found, {FROZEN: 1.0, FULL: 1.0})
+    assert 0.4 < share[FULL] < 0.6
+
+
+def test_what_is_worth_its_seconds_is_taken_though_it_is_slow() -> None:
+    found = trials({FROZEN: [0.80, 0.801, 0.80, 0.80, 0.801, 0.80], FULL: [0.90, 0.92]})
+    assert shares(found, {FROZEN: 1.0, FULL: 100.0})[FULL] > 0.8
+
+
+def test_nothing_is_given_up_for_good() -> None:
+    found = trials({FROZEN: [0.95, 0.96, 0.94], FULL: [0.5] * 50})
+    share = shares(found, {FROZEN: 1.0, FULL: 1000.0}, draws=1000)
+    assert share[FULL] == pytest.approx(CURIOSITY, abs=0.03)
+
+
+def test_trials_on_backbones_that_were_dropped_say_nothing() -> None:
+    found = trials({FROZEN: [0.9, 0.91], FULL: [0.9, 0.91]})
+    other = trials({FULL: [0.1] * 30}, backbone="timm:dropped")
+    costs = {FROZEN: 1.0, FULL: 1.0}
+    assert shares([*found, *other], costs) == shares(found, costs)
+
+
+def test_scores_may_be_of_any_size() -> None:
+    rmse = trials({FROZEN: [-120.0, -118.0], FULL: [-119.0, -121.0]})
+    share = shares(rmse, {FROZEN: 1.0, FULL: 1.0})
+    assert min(share.values()) > 0.3
+
+
+def test_the_same_seed_picks_the_same_and_without_scores_each_is_possible() -> None:
+    costs = {FROZEN: 1.0, FULL: 1.0}
+    assert set(shares([], costs).values()) != {0.0, 1.0}
+    picks = {pick_strategy([], costs, [], seed="7") for _ in range(5)}
+    assert len(picks) == 1
