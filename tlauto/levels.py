@@ -47,3 +47,8 @@ def level_shape_of(backbone: object) -> tuple[Level, ...]:
 def width_of(shape: tuple[Level, ...], *, kind: str) -> int:
     """Numbers an image of features of a kind: `grid` is all cells of all levels, `levels` their means."""
     return sum(level.width if kind == "grid" else level.channels for level in shape)
+
+
+def read_from(features: str | None) -> str:
+    """What to say after the name of a head that reads more than a backbone's end; else nothing."""
+    return {"levels": " on all stages", "grid": " on all stages, by quarters"}.get(features or "", "")

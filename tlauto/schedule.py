@@ -258,10 +258,12 @@ def rank(trial: TrialRecord) -> tuple[float, float]:
     return score, -math.inf if math.isnan(loss) else -loss
 
 
-HALF_BELIEVED = 67
-"""Validation images on which a gain is believed by half. With gains that scatter by 3 points from trial
-to trial, and 6 in 100 answers in which two models on one backbone differ, the posterior mean of a gain
-measured on n images is n / (n + 0.06 / 0.03²) of it."""
+SPREAD = 0.03
+"""Standard deviation of the gains of trials over the cross-validated one on the same backbone, of a score
+that is at most 1; of others, as a share of the score."""
+
+DIFFERENT = 0.06
+"""Share of the images on which two models on one backbone answer differently."""
 
 
 def estimate(
@@ -273,8 +275,9 @@ def estimate(
     validation part alone, which may be easy or hard; how easy, the best cross-validated trial on the
     same backbone tells, whose score is known on both. The gain over that trial on the same images is
     then added to that trial's score over all: a control variate (Lavenberg & Welch 1981). Few images
-    tell little of a gain, and of many trials the luckiest would win, so it is shrunk towards zero
-    (`HALF_BELIEVED`). Without such a trial it is the score on validation.
+    tell little of a gain, and of many trials the luckiest would win: what counts is the gain's posterior
+    mean under a normal prior (`SPREAD`), less one posterior standard deviation, as in the rule of one
+    standard error (Breiman et al. 1984, section 3.4.3). Without such a trial it is the score on validation.
 
     Args:
         val: images in the validation part.
@@ -284,8 +287,11 @@ def estimate(
     reference = _reference(backbone, trials)
     if reference is None:
         return done.score
-    gain = (done.score - float(reference["val_score"])) * val / (val + HALF_BELIEVED)
-    return min(metrics.get(metric).best, float(reference["held_out"]) + gain)
+    known, best = float(reference["held_out"]), metrics.get(metric).best
+    believed = val / (val + DIFFERENT / SPREAD**2)
+    gain = believed * (done.score - float(reference["val_score"]))
+    doubt = SPREAD * math.sqrt(1 - believed) * (1.0 if best == 1.0 else abs(known))
+    return min(best, known + gain - doubt)
 
 
 def _reference(backbone: str, trials: Sequence[TrialRecord]) -> Mapping[str, Any] | None:

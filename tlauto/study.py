@@ -79,6 +79,7 @@ class Study:
                 load_if_exists=True,
             )
         self._running: dict[int, optuna.Trial] = {}
+        self._records: list[TrialRecord] | None = None
         if not exists:
             self._study.set_user_attr("tlauto_format", FORMAT)
 
@@ -105,6 +106,7 @@ class Study:
 
     def enqueue(self, params: Mapping[str, Scalar], *, purpose: str) -> None:
         """Propose this point before anything the sampler would; the caller has validated it."""
+        self._records = None
         self._study.enqueue_trial(dict(params), user_attrs={"purpose": purpose})
 
     def ask(self, space: SearchSpace, *, kept: Kept | None = None) -> TrialRecord:
@@ -113,9 +115,9 @@ class Study:
         The sampler is seeded by the study's seed and the trial's number, so that what is proposed
         depends on the recorded trials alone, not on how often the search was stopped.
         """
-        number = len(self._study.get_trials(deepcopy=False))
-        waiting = [t.number for t in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
-        seed = random.Random(f"{self.seed}/{min(waiting, default=number)}").randrange(2**31)
+        records, self._records = self.trials(), None
+        waiting = [record.number for record in records if record.state == "waiting"]
+        seed = random.Random(f"{self.seed}/{min(waiting, default=len(records))}").randrange(2**31)
         self._study.sampler = _sampler(seed, kept or {})
         trial = self._study.ask()
         params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
@@ -128,6 +130,7 @@ class Study:
 
     def note(self, number: int, **values: Any) -> None:
         """Attach readable facts to a running trial; the dashboard shows them."""
+        self._records = None
         for key, value in values.items():
             self._running[number].set_user_attr(key, value)
 
@@ -139,7 +142,7 @@ class Study:
 
     def tell(self, number: int, score: float, *, is_pruned: bool = False) -> None:
         """End a trial with its score."""
-        trial = self._running.pop(number)
+        trial, self._records = self._running.pop(number), None
         if is_pruned:
             # Optuna takes the last reported value for a pruned trial: ours is the best epoch's.
             trial.set_user_attr("score", score)
@@ -149,7 +152,7 @@ class Study:
 
     def fail(self, number: int, *, kind: str, message: str) -> None:
         """End a trial as failed; `kind` INTERRUPTED is not counted."""
-        trial = self._running.pop(number)
+        trial, self._records = self._running.pop(number), None
         trial.set_user_attr("error_kind", kind)
         trial.set_user_attr("error", message)
         self._study.tell(trial, state=TrialState.FAIL)
@@ -170,13 +173,19 @@ class Study:
             attrs = {"purpose": frozen.user_attrs.get("purpose", "search"), "retry_of": number}
             if frozen.params and "retry_of" not in frozen.user_attrs:
                 self._study.enqueue_trial(frozen.params, user_attrs=attrs)
+                self._records = None
         return [frozen.number for frozen in left]
 
     # --- reading ----------------------------------------------------------------------------------
 
     def trials(self) -> list[TrialRecord]:
-        """All trials in order of number."""
-        return [_record(trial) for trial in self._study.get_trials(deepcopy=False)]
+        """All trials in order of number; read again only after one was changed here.
+
+        Nobody else changes them: a study has one coordinator.
+        """
+        if self._records is None:
+            self._records = [_record(trial) for trial in self._study.get_trials(deepcopy=False)]
+        return list(self._records)
 
     @property
     def running(self) -> tuple[int, ...]:

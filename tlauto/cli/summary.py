@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlauto.cli.progress import duration
 from tlauto.errors import StoreError
+from tlauto.levels import read_from
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +115,7 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
         console.print("best      no trial has a score yet", markup=False)
         return
     console.print()
-    what = f"{best.backbone}, {best.strategy}, {best.head}"
+    what = f"{best.backbone}, {best.strategy}, {best.head}{read_from(best.features)}"
     console.print(f"best      trial {best.number}: {what}", markup=False)
     console.print(f"score     {best.score:.3f} on held-out images", markup=False)
     test = search.test

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tlauto.levels import read_from
 from tlauto.results.manifest import Manifest
 from tlauto.space import Scalar
 
@@ -106,7 +107,7 @@ def _training(manifest: Manifest) -> str:
     facts = [
         ("backbone", f"{_plain(manifest.backbone.id)} (pretraining: {pretraining})"),
         ("strategy", spec.strategy),
-        ("head", spec.head),
+        ("head", spec.head + read_from(manifest.features)),
         ("images", f"{manifest.input.size} x {manifest.input.size} pixels"),
         ("seed", str(spec.seed)),
         *((name, _scalar(value)) for name, value in sorted(spec.params.items())),

@@ -22,6 +22,7 @@ class Row:
         score: what it is ranked by, higher is better (`schedule.estimate`); None when it has none.
         seconds: wall time of the trial, None while it runs.
         params: every parameter it ran with, by dotted name.
+        features: what of the backbone the head reads, None until the trial ended.
         metrics: on validation, name to {"value", "low", "high"}.
         error: `kind: sentence` of a failed trial.
     """
@@ -39,6 +40,7 @@ class Row:
     seed: int | None
     slot: str | None
     trainable_params: int | None
+    features: str | None
     metrics: Mapping[str, Mapping[str, float]]
     error: str | None
     is_best: bool = False
@@ -94,6 +96,7 @@ def _row(record: TrialRecord, stored: Mapping[str, Any] | None, *, is_best: bool
         seed=spec.get("seed"),
         slot=stored["slot"] if stored else None,
         trainable_params=result.get("trainable"),
+        features=result.get("features"),
         metrics=result.get("metrics", {}),
         error=f"{kind}: {error}" if kind else None,
         is_best=is_best,
