@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_schedule import BACKBONES, STRATEGIES, MakePlan, make_plan, trial
 
 from tlauto.allocation import CURIOSITY, SPREAD, expected_improvement, pick_strategy
+from tlauto.schedule import Plan
 from tlauto.study import TrialRecord
+
+__all__ = ["make_plan"]  # a fixture
 
 FROZEN, FULL = "feature_extraction", "full"
 
@@ -78,3 +83,37 @@ def test_the_same_seed_picks_the_same_and_without_scores_each_is_possible() -> N
     assert set(shares([], costs).values()) != {0.0, 1.0}
     picks = {pick_strategy([], costs, [], seed="7") for _ in range(5)}
     assert len(picks) == 1
+
+
+# --- in a plan -------------------------------------------------------------------------------------
+
+
+def picks(plan: Plan, found: list[TrialRecord], left: float | None = None) -> set[str]:
+    """The strategies that 60 searches of other seeds would propose next."""
+    picked = set()
+    for seed in range(60):
+        config = replace(plan.config, seed=seed)
+        picked |= set(replace(plan, config=config).proposable(found, left)["strategy"])
+    return picked
+
+
+def test_one_strategy_is_proposed_and_the_kept_backbones(make_plan: MakePlan) -> None:
+    plan, found = make_plan(), [trial(i, name, 0.9 - i / 100) for i, name in enumerate(BACKBONES)]
+    proposed = plan.proposable(found, None)
+    assert proposed["backbone"] == plan.kept(found)
+    assert len(proposed["strategy"]) == 1
+    assert picks(plan, found) == set(STRATEGIES)
+
+
+def test_seconds_that_went_into_features_are_no_cost_of_a_frozen_trial(make_plan: MakePlan) -> None:
+    plan = make_plan(strategies=("feature_extraction", "full"))
+    slow = [trial(i, "timm:a", 0.9, seconds=500.0) for i in range(3)]
+    tuned = [trial(9, "timm:a", 0.9, strategy="full", purpose="search", seconds=60.0)]
+    seeds = [replace(plan, config=replace(plan.config, seed=seed)) for seed in range(60)]
+    frozen = [p.proposable([*slow, *tuned], None)["strategy"] == ("feature_extraction",) for p in seeds]
+    assert sum(frozen) > 45
+
+
+def test_with_no_time_for_an_epoch_only_frozen_trials_are_proposed(make_plan: MakePlan) -> None:
+    found = [trial(0, "timm:a", 0.9, seconds=400.0)]
+    assert picks(make_plan(time_s=600.0), found, left=5.0) == {"feature_extraction"}
