@@ -235,6 +235,7 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path, text: str, said: str) ->
             "file/cache",
             "cache file/cache: Not a directory; choose another folder with TLAUTO_CACHE",
         ),
+        ("TLAUTO_CACHE_SIZE", "lots", "TLAUTO_CACHE_SIZE: 'lots' is not a size; write for example 20GB"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(place: Path, variable: str, value: str, said: str) -> None:

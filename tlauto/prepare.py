@@ -14,6 +14,7 @@ from typing import Any
 
 from tlauto import metrics
 from tlauto.builtin.tasks import task as find_task
+from tlauto.caches import cache_limit
 from tlauto.candidates import find_candidates
 from tlauto.config import IDENTITY, SearchConfig, differences
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
@@ -61,6 +62,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     slots = make_slots(config.devices, config.workers)
     out = _writable(Path(config.out), "workspace", "--out")
     cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
+    cache_limit()  # refuses a wrong TLAUTO_CACHE_SIZE before any worker starts
     with contextlib.ExitStack() as undo:
         store = Store(storage_url(config.out, config.storage))
         undo.callback(store.close)

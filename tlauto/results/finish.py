@@ -241,7 +241,12 @@ def _run(
             if waiting and slot not in busy:
                 key = next(iter(waiting))
                 busy[slot] = key
-                pool.send(slot, waiting.pop(key))
+                job = waiting.pop(key)
+                if isinstance(job, RunTrial):
+                    spec = job.spec
+                    left = f"{len(waiting)} more to come" if waiting else "the last one"
+                    emit(Working(f"refit of {spec.backbone}, {spec.strategy}, {spec.head}; {left}"))
+                pool.send(slot, job)
         if interrupted.is_set():
             for slot in busy:
                 pool.kill(slot)
