@@ -47,8 +47,8 @@ class Preset:
 _MODEST: Mapping[str, Scalar] = {"head.mlp.input": "pooled", "probe.solver": "path"}
 
 PRESETS = {
-    "fast": Preset(12, 4, 4, 256, ("feature_extraction", "partial"), _MODEST),
-    "balanced": Preset(30, 10, 8, 512, fixed=_MODEST),
+    "fast": Preset(12, 4, 4, 128, ("feature_extraction", "partial"), _MODEST),
+    "balanced": Preset(30, 10, 8, 256, fixed=_MODEST),
     "best": Preset(100, 16, 30, None),
 }
 

@@ -100,13 +100,6 @@ def affordable_epochs(
     return (count, size) if count >= FEWEST_EPOCHS else None
 
 
-def image_seconds(trials: Sequence[TrialRecord], sizes: Sizes) -> float:
-    """Seconds to learn from one image, on the backbones seen so far."""
-    probes = [str(t.params.get("backbone")) for t in trials if _is_probe(t)]
-    found = [_feature_seconds(backbone, trials, sizes) for backbone in probes]
-    return statistics.median([f for f in found if f] or [0.01]) * _step_cost(trials, sizes)
-
-
 def _is_probe(trial: TrialRecord) -> bool:
     return trial.attrs.get("purpose") == "probe"
 

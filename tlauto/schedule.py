@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tlauto import metrics
-from tlauto.allocation import pick_strategy
+from tlauto.allocation import cost_of, pick_strategy
 from tlauto.config import SearchConfig
 from tlauto.contracts import TrialDone, TrialSpec, trains_backbone
 from tlauto.pace import (
@@ -21,7 +20,6 @@ from tlauto.pace import (
     PROBE_STRATEGY,
     Sizes,
     affordable_epochs,
-    image_seconds,
     may_screen,
 )
 from tlauto.searchspace import SearchSpace
@@ -30,9 +28,6 @@ from tlauto.study import TrialRecord
 
 KEEP_TOP = 3
 """Backbones that stay after screening: the best probes, the default and a wild card beside them."""
-
-FROZEN_S = 2.0
-"""What a trial on cached features is taken to need before one has been seen."""
 
 PROBE_EPOCHS = 150
 PROBE_PATIENCE = 15
@@ -135,24 +130,10 @@ class Plan:
             left: as for `spec`.
         """
         kept = self.kept(trials)
-        frozen = {s.name for s in self.space.strategies if not trains_backbone(s)}
-        costs = {name: self._seconds(name, name in frozen, trials) for name in self.affordable(trials, left)}
+        affordable = self.affordable(trials, left)
+        costs = {s.name: cost_of(s, self.device) for s in self.space.strategies if s.name in affordable}
         picked = pick_strategy(trials, costs, kept, seed=f"{self.config.seed}/strategy/{len(trials)}")
         return {"backbone": kept, "strategy": (picked,)}
-
-    def _seconds(self, strategy: str, is_frozen: bool, trials: Sequence[TrialRecord]) -> float:
-        """What a trial with this strategy takes: the median of those before it, else a guess."""
-        own = [t for t in trials if t.params.get("strategy") == strategy and "seconds" in t.attrs]
-        if is_frozen:  # the first on each backbone computed the features for all
-            own = [t for t in own if t.attrs.get("purpose") != "probe"]
-        if own:
-            return statistics.median(float(t.attrs["seconds"]) for t in own)
-        if is_frozen:
-            return FROZEN_S
-        preset, images = self.config.recipe, self.sizes.train
-        if self.device == "cpu" and preset.cpu_epoch_images:
-            images = min(images, preset.cpu_epoch_images)
-        return image_seconds(trials, self.sizes) * images * preset.finetune_epochs
 
     def spec(
         self, record: TrialRecord, trials: Sequence[TrialRecord], *, left: float | None = None

@@ -18,7 +18,7 @@ from tlauto.contracts import EpochResult, TaskHead, TrialDone, TrialSpec
 from tlauto.data import Dataset
 from tlauto.errors import TrialError
 from tlauto.training.lbfgs import minimise
-from tlauto.training.linear import FOLDS, GRID, Problem, cross_validate, stratified_folds
+from tlauto.training.linear import FOLDS, GRID, Problem, cross_validate, principal_axes, stratified_folds
 from tlauto.training.rows import Rows
 
 Run = Callable[..., TrialDone]
@@ -115,6 +115,25 @@ def test_problems_solved_together_are_those_solved_alone() -> None:
     for i in range(3):
         (alone,) = problem.solve([penalties[i]], [rows[i]], tolerance=1e-5)
         assert torch.allclose(together[i], alone, atol=2e-3)
+
+
+@pytest.mark.parametrize("rows", [20, 80], ids=["fewer rows", "more rows"])
+def test_features_that_say_nothing_leave_the_bias(rows: int) -> None:
+    targets = torch.arange(rows) % 4 // 3  # three of class 0 to one of class 1
+    features = Rows(torch.zeros(rows, 40), lambda part: part, torch.device("cpu"))
+    problem = Problem(features, targets, functional.cross_entropy, lambda z: z, 2)
+    (head,) = problem.solve([1e-2], [torch.arange(rows)], tolerance=1e-6)
+    assert not head[:-1].any()
+    assert torch.softmax(head[-1], dim=0)[0].item() == pytest.approx(0.75, abs=1e-3)
+
+
+def test_the_axes_hold_all_that_the_features_say() -> None:
+    for shape in ((120, 20), (30, 200)):
+        x = make_problem(*shape).features
+        axes = principal_axes(x)
+        assert torch.allclose(axes.basis.T @ axes.basis, torch.eye(axes.basis.shape[1]), atol=1e-3)
+        assert torch.allclose(axes.rows.features @ axes.basis.T, x.features, atol=1e-3)
+        assert torch.allclose(axes.rows.features.square().mean(dim=0), axes.squares, rtol=1e-3, atol=1e-5)
 
 
 def test_features_that_stay_on_disk_give_the_same_head() -> None:

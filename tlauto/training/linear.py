@@ -238,21 +238,23 @@ def principal_axes(features: Rows) -> Axes:
     The optimum under an L2 penalty lies in their span, and along them the loss of a linear head bends
     about as much as the features scatter, which makes the steps of a minimiser the right ones.
     """
-    count, width = len(features), features.features.shape[1]
-    gram = torch.zeros(width, width, device=features.device)
-    if count < width and features.is_small:
-        x = features.features
-        values, vectors = torch.linalg.eigh(x @ x.T)
+    x, count = features.features, len(features)
+    if features.is_small and count < x.shape[1] and bool(x.any()):
+        values, vectors = _eigen(x @ x.T)
         is_sound = values > 1e-6 * values[-1]
-        values, vectors = values[is_sound], vectors[:, is_sound]
-        basis = x.T @ vectors * values.rsqrt()
+        values, basis = values[is_sound], x.T @ (vectors[:, is_sound] * values[is_sound].rsqrt())
     else:
-        for _, block in features.blocks():
-            gram += block.T @ block
-        values, basis = torch.linalg.eigh(gram)
-    rows = (
-        Rows(features.features @ basis, lambda part: part, features.device)
+        values, basis = _eigen(sum((block.T @ block for _, block in features.blocks()), torch.zeros(())))
+    along = (
+        Rows(x @ basis, lambda part: part, features.device)
         if features.is_small
-        else Rows(features.features, lambda part: features.norm(part) @ basis, features.device, limit=0)
+        else Rows(x, lambda part: features.norm(part) @ basis, features.device, limit=0)
     )
-    return Axes(basis, rows, values.clamp_min(0) / count)
+    return Axes(basis, along, values.clamp_min(0) / count)
+
+
+def _eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and vectors of a symmetric matrix; Apple's GPUs leave that to the CPU."""
+    place = matrix.device
+    values, vectors = torch.linalg.eigh(matrix.cpu() if place.type == "mps" else matrix)
+    return values.to(place), vectors.to(place)

@@ -11,7 +11,7 @@ from torch import nn
 
 from tlauto.errors import TrialError
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
-from tlauto.training.model import Kind, Readout
+from tlauto.training.model import GRID, LEVELS, Kind, Readout
 from tlauto.training.rows import Rows
 from tlauto.training.trial import Fitted, Trial
 
@@ -36,20 +36,12 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
     folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed).to(trial.device)
     if len(torch.unique(folds)) < 2:
         return _Solving(trial, trial.kind).fitted(ALONE)
-    pooled = best = _Solving(trial, trial.kind)
-    lowest = found = cross_validate(best.problem, folds)
-    for kind in _further(trial):
-        other = _Solving(trial, kind)
-        found_there = cross_validate(other.problem, folds)
-        if found_there.loss < lowest.loss:
-            best, lowest = other, found_there
-    start = None if best is pooled or not trial.selects else pooled.state(found)
-    return best.fitted(lowest.penalty, lowest, start)
-
-
-def _further(trial: Trial) -> tuple[Kind, ...]:
-    """Features to try besides the pooled ones."""
-    return ("levels", "grid") if trial.source.facts.widths.levels else ()
+    further: tuple[Kind, ...] = (LEVELS, GRID) if trial.source.facts.widths.levels else ()
+    tried = [_Solving(trial, kind) for kind in (trial.kind, *further)]
+    found = [cross_validate(one.problem, folds) for one in tried]
+    best = min(range(len(tried)), key=lambda i: found[i].loss)
+    start = tried[0].state(found[0]) if best and trial.selects else None
+    return tried[best].fitted(found[best].penalty, found[best], start)
 
 
 @dataclass(frozen=True)
@@ -104,19 +96,16 @@ class _Solving:
     ) -> tuple[Fitted, float]:
         """The head for a penalty, evaluated, and its mean training loss."""
         trial, head = self.trial, self.solve(penalty, found)
-        valid = Rows(
-            trial.source.features([trial.spec.evaluate_on], self.kind), self.readout.norm, trial.device
-        )
+        features = trial.source.features([trial.spec.evaluate_on], self.kind)
+        valid = Rows(features, self.readout.norm, trial.device)
         everything = torch.arange(len(self.train), device=trial.device)
         with torch.no_grad():
             logits = self.readout.eval().answer(valid.take(torch.arange(len(valid))))
             train_loss = float(trial.loss(self.problem.answers(head, everything), self.targets))
         held_out = None if found is None else trial.task.predict(found.outputs.float().cpu().numpy())
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
-        result = trial.evaluate(logits, 1)
-        return Fitted(
-            1, result, state, self.kind, 1, head.numel(), held_out=held_out, start=start
-        ), train_loss
+        found_here = trial.evaluate(logits, 1)
+        return Fitted(1, found_here, state, self.kind, 1, head.numel(), False, held_out, start), train_loss
 
 
 def _only_linear(head: nn.Module) -> nn.Linear:
