@@ -21,11 +21,10 @@ from tlauto.training.augment import LEVELS, mixup
 from tlauto.training.checkpoint import changed, digests, start_from
 from tlauto.training.inputs import Images, Inputs, autocast, autocast_dtype
 from tlauto.training.model import Classifier, assemble
-from tlauto.training.optim import backbone_groups, head_groups, make_optimizer, set_rates
+from tlauto.training.optim import MAX_GRADIENT, backbone_groups, head_groups, make_optimizer, set_rates
 from tlauto.training.prefix import prefixed
 from tlauto.training.trial import Best, Fitted, Trial
 
-MAX_GRADIENT = 1.0  # norm to which gradients are clipped
 MIXES = ("multiclass", "multilabel")  # a mixture of two regression images has no known value
 
 

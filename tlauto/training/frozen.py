@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
 from tlauto.contracts import EpochResult
 from tlauto.errors import Diverged
 from tlauto.training.batches import Stream
 from tlauto.training.linear import FOLDS
 from tlauto.training.model import Readout
-from tlauto.training.optim import head_groups, make_optimizer, set_rates
+from tlauto.training.optim import MAX_GRADIENT, head_groups, make_optimizer, set_rates
 from tlauto.training.rows import Rows
 from tlauto.training.seeding import seed_everything
 from tlauto.training.solved import solve_head
@@ -89,6 +90,7 @@ def _losses(readout: Readout, trial: Trial, train: Rows, among: torch.Tensor) ->
             loss = trial.loss(logits, targets[rows.to(trial.device)])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(readout.head.parameters(), MAX_GRADIENT)
             optimizer.step()
             total += loss.detach()
         if not torch.isfinite(total):

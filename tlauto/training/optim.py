@@ -15,6 +15,8 @@ from tlauto.training.params import Settings
 
 Group = dict[str, Any]
 
+MAX_GRADIENT = 1.0  # norm to which gradients are clipped
+
 
 def head_groups(head: nn.Module, settings: Settings) -> list[Group]:
     """Groups of the head's parameters at the full learning rate."""
