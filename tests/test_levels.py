@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,18 @@ def test_a_copy_with_other_weights_has_levels_of_its_own() -> None:
         nn.init.zeros_(other.module.blocks[0].bias)
         assert not other.levels(images)[:, :32].any()
         assert torch.equal(backbone.levels(images), before)
+
+
+def test_what_is_known_of_a_network_goes_with_it() -> None:
+    gone = []
+    for _ in range(3):
+        backbone = load("torchvision:squeezenet1_1")
+        with torch.no_grad():
+            backbone.levels(images_for(backbone, 1))
+        gone.append(weakref.ref(backbone.module))
+        del backbone
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
 
 
 def test_a_backbone_without_the_method_offers_none() -> None:

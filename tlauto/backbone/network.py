@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from tlauto.contracts import Backbone, FeatureShape, ImageInput
 from tlauto.errors import ConfigError, PluginError, did_you_mean
 from tlauto.levels import Level
 from tlauto.splits import Split
+
+# By network, not in the backbone: a copy has a module of its own, whose stages hand over elsewhere.
+_handovers: WeakKeyDictionary[nn.Module, Handovers] = WeakKeyDictionary()
 
 
 def mean_of_map(module: nn.Module, maps: torch.Tensor) -> torch.Tensor:
@@ -60,7 +64,6 @@ class TorchBackbone:
         self._pooled = pooled
         self._unpooled = unpooled
         self._parts = parts
-        self._handovers: tuple[nn.Module, Handovers] | None = None
         self.level_shape: tuple[Level, ...] = ()
         self.feature_shape, ran = self._measure()
         self.stages = _join_unused_tail(self.stages, ran)
@@ -77,11 +80,10 @@ class TorchBackbone:
 
     def levels(self, images: torch.Tensor) -> torch.Tensor:
         """Features (N, F) of all levels, in the form of `level_shape`, `pooled` last."""
-        # A copy of this backbone has a module of its own.
-        if self._handovers is None or self._handovers[0] is not self.module:
+        if self.module not in _handovers:
             with torch.no_grad():
-                self._handovers = self.module, self._find_handovers(images[:1])
-        return self._handovers[1].levels(images, self.pooled)
+                _handovers[self.module] = self._find_handovers(images[:1])
+        return _handovers[self.module].levels(images, self.pooled)
 
     def _find_handovers(self, images: torch.Tensor) -> Handovers:
         parameters = dict(self.module.named_parameters())
@@ -147,7 +149,7 @@ class TorchBackbone:
                 f"they must be (N, D) and (N, C, H, W)"
             )
         channels, height, width = unpooled.shape[1:]
-        self._handovers, self.level_shape = (self.module, handovers), handovers.shape
+        _handovers[self.module], self.level_shape = handovers, handovers.shape
         return FeatureShape(pooled.shape[1], (channels, height, width)), called
 
 
