@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,16 @@ def test_importing_tlauto_loads_no_heavy_library() -> None:
 )
 def test_a_light_command_loads_no_heavy_library(words: tuple[str, ...]) -> None:
     assert _heavy_after(_run_command(*words)) == []
+
+
+def test_threads_of_a_command_wait_without_spinning_unless_the_user_says_otherwise() -> None:
+    code = f"{_run_command('--version')}\nimport os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
+        assert run.stdout.splitlines()[-1] == expected, run.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

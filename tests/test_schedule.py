@@ -11,7 +11,7 @@ import pytest
 
 from tlauto.builtin.tasks import task
 from tlauto.config import SearchConfig
-from tlauto.contracts import TrialDone, TrialSpec
+from tlauto.contracts import EpochResult, TrialDone, TrialSpec
 from tlauto.pace import Sizes
 from tlauto.plugins import registry
 from tlauto.schedule import (
@@ -23,6 +23,7 @@ from tlauto.schedule import (
     best_trial,
     counts,
     estimate,
+    is_hopeless,
     refit_spec,
     trial_seed,
 )
@@ -364,6 +365,18 @@ def test_a_gain_that_few_images_show_is_no_reason_to_train_the_backbone() -> Non
     five_of_49 = ended(1.0)
     assert estimate(five_of_49, "timm:a", "accuracy", [trial(0, held_out=0.9, val_score=0.9)], val=49) > 0.9
     assert estimate(one_of_49, "timm:a", "accuracy", known, val=5000) > 0.97
+
+
+def test_a_trial_far_below_a_head_that_needs_no_training_is_hopeless() -> None:
+    known = [trial(0, "timm:a", 0.86, held_out=0.86, val_score=0.864)]
+
+    def at(epoch: int, score: float, backbone: str = "timm:a") -> bool:
+        return is_hopeless(EpochResult(1, epoch, score, 0.5, 0.5, 1.0), backbone, known, val=88)
+
+    assert at(2, 0.78) and at(5, 0.78)
+    assert not at(1, 0.3), "one epoch is too early to tell"
+    assert not at(2, 0.84), "within the noise of 88 images"
+    assert not at(2, 0.3, "timm:b"), "nothing is known of that backbone"
 
 
 def test_errors_are_doubted_in_their_own_units() -> None:

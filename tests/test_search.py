@@ -121,16 +121,30 @@ def test_the_python_interface_returns_what_the_command_line_shows(
 ) -> None:
     monkeypatch.setenv("TLAUTO_CACHE", str(tmp_path / "cache"))
     found = tlauto.search(
-        make_patches(tmp_path / "patches"), trials=3, backbones=["timm:test_resnet.r160_in1k"],
+        make_patches(tmp_path / "patches"), trials=3, backbones="timm:test_resnet.r160_in1k",
+        strategies="feature_extraction, partial",
         params={"optim.name": "sgd", "probe.solver": "minibatch"}, out=str(tmp_path / "runs"),
         pretrained=False, offline=True,
     )  # fmt: skip
     assert len(found.leaderboard()) == 3
+    assert found.info()["config"]["strategies"] == ["feature_extraction", "partial"]
     assert {row.params["optim.name"] for row in found.leaderboard()} == {"sgd"}
     assert found.best.score == max(row.score or 0 for row in found.leaderboard())
     assert found.test is not None
     with pytest.raises(TypeError, match="did you mean 'workers'"):
         tlauto.search(tmp_path / "patches", worker=1)
+
+
+def test_backbones_that_a_small_budget_leaves_out_are_named(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches")
+    options = ("--no-pretrained", "--offline", "--strategies", "feature_extraction", "--heads", "linear")
+    names = "timm:test_resnet.r160_in1k,timm:test_vit.r160_in1k"
+    done = run("search", "--data", "patches", *options, "--backbones", names, "--trials", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 backbones x 1 strategy x 1 head" in done.stderr
+    assert "half of the trials screen backbones; there is none for timm:test_vit.r160_in1k" in done.stderr
 
 
 def test_a_time_limit_is_a_total(tmp_path: Path, make_patches: Callable[..., Path]) -> None:

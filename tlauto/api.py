@@ -100,9 +100,9 @@ def search(
     *,
     trials: int | None = None,
     time: float | str | None = None,
-    backbones: Sequence[str] | None = None,
-    strategies: Sequence[str] | None = None,
-    heads: Sequence[str] | None = None,
+    backbones: str | Sequence[str] | None = None,
+    strategies: str | Sequence[str] | None = None,
+    heads: str | Sequence[str] | None = None,
     params: Mapping[str, Any] | None = None,
     emit: Emit = ignore,
     **settings: Any,
@@ -114,7 +114,8 @@ def search(
         trials: total number of trials.
         time: total time, seconds or text such as `"30m"`.
         backbones: ids or globs, such as `["timm:resnet18", "keras:MobileNet*"]`.
-        strategies, heads: names; all by default.
+        strategies, heads: names; those of the preset by default. A text holds one, or several with
+            commas between them, as on the command line.
         params: fixed parameters by dotted name, such as `{"optim.name": "sgd"}`.
         emit: called with the values of `tlauto.events` as the search goes on.
         settings: any other field of `tlauto.config.SearchConfig`: out, study, task, metric, preset,
@@ -129,9 +130,9 @@ def search(
         "data": str(data),
         "trials": trials,
         "time_s": parse_seconds(str(time)) if time is not None else None,
-        "backbones": None if backbones is None else tuple(backbones),
-        "strategies": None if strategies is None else tuple(strategies),
-        "heads": None if heads is None else tuple(heads),
+        "backbones": _names(backbones),
+        "strategies": _names(strategies),
+        "heads": _names(heads),
         "params": None if params is None else dict(params),
     }
     known = SearchConfig.__dataclass_fields__
@@ -176,3 +177,9 @@ def load(folder: str | Path, *, device: str = "cpu") -> Bundle:
     from tlauto.results.bundle import load_bundle
 
     return load_bundle(Path(folder), device=device)
+
+
+def _names(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else tuple(given)

@@ -46,9 +46,12 @@ class Preset:
 # The path of penalties finds what single penalties and mini-batches would have to be searched for.
 _MODEST: Mapping[str, Scalar] = {"head.mlp.input": "pooled", "probe.solver": "path"}
 
+# Strategies of plugins are searched by `best`, or when they are named.
+_BUILT_IN = ("feature_extraction", "partial", "full")
+
 PRESETS = {
-    "fast": Preset(12, 4, 4, 128, ("feature_extraction", "partial"), _MODEST),
-    "balanced": Preset(30, 10, 8, 256, fixed=_MODEST),
+    "fast": Preset(12, 4, 4, 128, _BUILT_IN[:2], _MODEST),
+    "balanced": Preset(30, 10, 8, 256, _BUILT_IN, _MODEST),
     "best": Preset(100, 16, 30, None),
 }
 

@@ -27,7 +27,7 @@ from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
-from tlauto.schedule import best_trial, counts, estimate, rank
+from tlauto.schedule import best_trial, counts, estimate, is_hopeless, rank
 from tlauto.study import INTERRUPTED, OUT_OF_TIME
 
 HOPELESS = 5
@@ -199,6 +199,9 @@ def _epoch(loop: _Loop, slot: str, job: _Job, result: EpochResult) -> None:
     job.epochs = result.epoch
     session.store.add_epoch(session.name, result)
     should_prune = session.study.report(result.number, result.epoch, result.score)
+    if job.spec.purpose != "default":  # which is compared with at the end
+        trials, val = session.study.trials(), session.plan.sizes.val
+        should_prune |= is_hopeless(result, job.spec.backbone, trials, val=val)
     left = seconds_left(loop)
     is_late = left is not None and left <= result.seconds  # another epoch would not end in time
     session.pool.send(slot, Answer(go_on=not (should_prune or is_late)))

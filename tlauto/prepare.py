@@ -21,7 +21,7 @@ from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
 from tlauto.data import Dataset, load_dataset, memory_file
 from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
-from tlauto.events import Checked, DataRead, Emit, Planned, Working
+from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
 from tlauto.pace import Sizes
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
@@ -304,3 +304,7 @@ def _announce(session: Session, why: str, emit: Emit) -> None:
             done=done,
         )
     )
+    probed = sum(purpose == "probe" for _, purpose in plan.first_points(config.max_trials))
+    left_out = plan.space.backbones[probed:]
+    if probed and left_out and not done and config.time_s is None:
+        emit(Said(f"half of the trials screen backbones; there is none for {', '.join(left_out)}"))

@@ -12,7 +12,7 @@ from typing import Any
 from tlauto import metrics
 from tlauto.allocation import cost_of, pick_strategy
 from tlauto.config import SearchConfig
-from tlauto.contracts import TrialDone, TrialSpec, trains_backbone
+from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
 from tlauto.pace import (
     FEWEST_EPOCHS,
     FEWEST_IMAGES,
@@ -243,6 +243,9 @@ SPREAD = 0.03
 """Standard deviation of the gains of trials over the cross-validated one on the same backbone, of a score
 that is at most 1; of others, as a share of the score."""
 
+HOPE_EPOCHS = 2
+"""Epochs that a trial has to come near the best frozen head on its backbone."""
+
 DIFFERENT = 0.06
 """Share of the images on which two models on one backbone answer differently."""
 
@@ -273,6 +276,21 @@ def estimate(
     gain = believed * (done.score - float(reference["val_score"]))
     doubt = SPREAD * math.sqrt(1 - believed) * (1.0 if best == 1.0 else abs(known))
     return min(best, known + gain - doubt)
+
+
+def is_hopeless(result: EpochResult, backbone: str, trials: Sequence[TrialRecord], *, val: int) -> bool:
+    """Whether a trial that trains the backbone is far below the best frozen head after two epochs.
+
+    Far is two standard errors of the difference between two models' scores on the validation part.
+
+    Args:
+        val: images in the validation part.
+    """
+    reference = _reference(backbone, trials)
+    if result.epoch < HOPE_EPOCHS or reference is None:
+        return False
+    before = float(reference["val_score"])
+    return result.score < before - 2 * math.sqrt(DIFFERENT / val) * max(abs(before), result.score)
 
 
 def _reference(backbone: str, trials: Sequence[TrialRecord]) -> Mapping[str, Any] | None:

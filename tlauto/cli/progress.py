@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -196,7 +196,8 @@ def data_lines(event: DataRead) -> list[str]:
 def plan_lines(event: Planned) -> list[str]:
     """Slots, space and score."""
     space = (
-        f"{len(event.backbones)} backbones x {len(event.strategies)} strategies x {len(event.heads)} heads, "
+        f"{_count(event.backbones, 'backbone', 'backbones')} x "
+        f"{_count(event.strategies, 'strategy', 'strategies')} x {_count(event.heads, 'head', 'heads')}, "
         f"{event.parameters} parameters"
     )
     lines = [
@@ -208,6 +209,10 @@ def plan_lines(event: Planned) -> list[str]:
     if event.done:
         lines.append(f"resuming  study '{event.study}' with {event.done} trials done")
     return [*lines, HEADER]
+
+
+def _count(names: Sequence[str], one: str, many: str) -> str:
+    return f"{len(names)} {one if len(names) == 1 else many}"
 
 
 HEADER = "trial score             time backbone  strategy  head"

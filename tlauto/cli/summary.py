@@ -129,7 +129,7 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
         console.print(
             f"ensemble  {len(search.members)} models answer together, weights {weights}", markup=False
         )
-    for line in _comparison_lines(search.comparison):
+    for line in _comparison_lines(search.comparison) if test else []:
         console.print(line, markup=False)
     if search.model.is_dir():
         state = "" if test else " (best so far, not yet tested)"
@@ -141,7 +141,7 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
 
 def _comparison_lines(comparison: Mapping[str, Any] | None) -> list[str]:
     if not comparison:
-        return []
+        return ["default   not compared: the default recipe has no result"]
     if comparison.get("default_is_winner"):
         return ["default   the default recipe is the winner"]
     other = comparison["default"]

@@ -245,7 +245,8 @@ def _run(
                 if isinstance(job, RunTrial):
                     spec = job.spec
                     left = f"{len(waiting)} more to come" if waiting else "the last one"
-                    emit(Working(f"refit of {spec.backbone}, {spec.strategy}, {spec.head}; {left}"))
+                    what = "the default recipe, " if spec.number == DEFAULT else ""
+                    emit(Working(f"refit of {what}{spec.backbone}, {spec.strategy}, {spec.head}; {left}"))
                 pool.send(slot, job)
         if interrupted.is_set():
             for slot in busy:
