@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYER_0 = frozenset({"errors", "space", "contracts", "splits", "levels"})
+LAYER_0 = frozenset({"errors", "space", "contracts", "splits", "levels", "rungs"})
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
     | {"locks", "caches"}
@@ -19,7 +19,9 @@ LAYER_1 = frozenset(
 NETWORKS = frozenset({"backbone", "keras_network"})
 LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
-LAYER_4 = frozenset({"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "results"})
+LAYER_4 = frozenset(
+    {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "results"} | {"continuing"}
+)
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
 IMAGES = frozenset({"PIL", "numpy", "sklearn", "scipy"})

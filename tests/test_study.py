@@ -92,16 +92,22 @@ def test_pruned_trials_keep_the_score_of_their_best_epoch(url: str) -> None:
     assert (trial.state, trial.score) == ("pruned", 0.8)
 
 
-def test_the_pruner_stops_a_trial_below_the_median(url: str) -> None:
+def test_reports_are_recorded_by_epoch(url: str) -> None:
     study, space = Study(url, "s", seed=0, create=True), make_space()
-    for score in (0.9, 0.8, 0.85):
-        number = study.ask(space).number
-        assert not study.report(number, 1, score)
-        study.report(number, 2, score)
-        study.tell(number, score)
     number = study.ask(space).number
-    study.report(number, 1, 0.2)
-    assert study.report(number, 2, 0.2)
+    study.report(number, 1, 0.5)
+    assert study.trials()[number].reports == {1: 0.5}
+    study.report(number, 2, 0.7)
+    assert Study(url, "s", seed=0, create=False).trials()[number].reports == {1: 0.5, 2: 0.7}
+
+
+def test_what_is_enqueued_brings_its_attributes(url: str) -> None:
+    study, space = Study(url, "s", seed=0, create=True), make_space()
+    first = study.ask(space)
+    study.enqueue(first.params, purpose="promoted", continues=first.number)
+    second = study.ask(space)
+    assert second.params == first.params
+    assert (second.attrs["purpose"], second.attrs["continues"]) == ("promoted", first.number)
 
 
 def test_a_study_that_is_not_ours_is_refused(url: str) -> None:

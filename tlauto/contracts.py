@@ -104,9 +104,8 @@ class ImageInput:
 
     Attributes:
         size: side of the square crop, pixels.
-        resize: `fit="crop"`: length of the shorter edge before the crop (>= size);
+        resize, fit: `fit="crop"`: length of the shorter edge before the crop (>= size);
             `fit="squash"`: both edges, aspect ignored; `fit="border"`: the longer edge, then padded.
-        fit: see `resize`.
         interpolation: PIL's filter.
         mean, std: per channel, in units of [0, 1].
         bgr: channels reversed (Keras' caffe mode).
@@ -295,13 +294,13 @@ class TrialSpec:
         number: the trial's number in its study; -1 for a refit.
         dataset: path of the dataset file (`tlauto.data.Dataset` as JSON).
         params: sampled values, dotted by owner (`freeze.partial.k`, `head.mlp.dropout`, `optim.name`).
-        metric: the metric that is the score; seed: of everything random in this trial.
+        metric: that is the score; seed: of everything random in this trial; purpose: why it was run.
         epochs, patience: most epochs, and how many without improvement end it; patience 0 never does.
         epoch_images: images per epoch when the backbone learns; None is the whole training part.
         fit_on, evaluate_on: parts of the split.
         init_head: a checkpoint whose head and feature scaling to start from (LP-FT), or None.
+        resume_from: the state that an earlier run of this very trial left behind, or None.
         folder, cache: where its checkpoint and predictions go, and where pixels and features are.
-        purpose: why it was run.
         prove_above: validation score from which a frozen trial is cross-validated too; None is never.
     """
 
@@ -323,7 +322,8 @@ class TrialSpec:
     fit_on: tuple[str, ...] = ("train",)
     evaluate_on: str = "val"
     init_head: str | None = None
-    purpose: Literal["probe", "default", "search", "refit", "rerun"] = "search"
+    resume_from: str | None = None
+    purpose: Literal["probe", "default", "search", "promoted", "refit", "rerun"] = "search"
     prove_above: float | None = None
 
 

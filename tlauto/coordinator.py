@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tlauto.config import SearchConfig
+from tlauto.continuing import PAUSED, earlier_reports, forget_files, is_behind, next_spec, promotion
 from tlauto.contracts import (
     EpochResult,
     FreezeStrategy,
@@ -27,7 +28,7 @@ from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
-from tlauto.schedule import best_trial, counts, estimate, is_hopeless, rank
+from tlauto.schedule import best_trial, counts, estimate, is_hopeless
 from tlauto.study import INTERRUPTED, OUT_OF_TIME
 
 HOPELESS = 5
@@ -42,12 +43,18 @@ GRACE_S = 2.5
 
 @dataclass
 class _Job:
-    """What a busy slot does: a trial, or the bundle of the trial it just ran."""
+    """What a busy slot does: a trial, or the bundle of the trial it just ran.
+
+    Attributes:
+        resumed: epochs that were done when the trial went on.
+        stopped: why the trial was told to end early.
+    """
 
     spec: TrialSpec
     started: float
     is_bundle: bool = False
-    epochs: int = 0
+    resumed: int | None = None
+    stopped: str = ""
 
 
 @dataclass
@@ -110,10 +117,15 @@ def _fill(loop: _Loop) -> None:
             continue
         trials, left = session.study.trials(), seconds_left(loop)
         probe = session.plan.next_probe(trials, spent=_spent(loop))
+        kept = session.plan.proposable(trials, left)
         if probe is not None:
             session.study.enqueue(without_fixed(probe, session.plan.space), purpose="probe")
-        record = session.study.ask(session.plan.space, kept=session.plan.proposable(trials, left))
-        spec = session.plan.spec(record, trials, left=left)
+        elif paused := promotion(session.plan, trials, kept["strategy"], left=left):
+            session.study.enqueue(paused.params, purpose="promoted", continues=paused.number)
+        record = session.study.ask(session.plan.space, kept=kept)
+        spec = next_spec(session, record, trials, left=left)
+        for epoch, score in earlier_reports(spec, record, trials).items():
+            session.study.report(record.number, epoch, score)
         session.store.start_trial(session.name, spec, slot)
         session.study.note(record.number, slot=slot, seed=spec.seed)
         loop.busy[slot] = _Job(spec, time.monotonic())
@@ -196,16 +208,26 @@ def _handle(loop: _Loop, event: Event) -> None:
 
 def _epoch(loop: _Loop, slot: str, job: _Job, result: EpochResult) -> None:
     session = loop.session
-    job.epochs = result.epoch
+    job.resumed = result.epoch - 1 if job.resumed is None else job.resumed
+    if trains_backbone(_strategy(session, job.spec)):
+        session.study.report(result.number, result.epoch, result.score)
+        job.stopped = _why_to_stop(loop, job.spec, result)
+    session.pool.send(slot, Answer(go_on=not job.stopped))
     session.store.add_epoch(session.name, result)
-    should_prune = session.study.report(result.number, result.epoch, result.score)
-    if job.spec.purpose != "default":  # which is compared with at the end
-        trials, val = session.study.trials(), session.plan.sizes.val
-        should_prune |= is_hopeless(result, job.spec.backbone, trials, val=val)
-    left = seconds_left(loop)
-    is_late = left is not None and left <= result.seconds  # another epoch would not end in time
-    session.pool.send(slot, Answer(go_on=not (should_prune or is_late)))
     loop.emit(EpochEnded(result.number, slot, result.epoch, result.score))
+
+
+def _why_to_stop(loop: _Loop, spec: TrialSpec, result: EpochResult) -> str:
+    """Why a trial should end after an epoch; empty when it goes on."""
+    session, left = loop.session, seconds_left(loop)
+    if left is not None and left <= result.seconds:
+        return "late"  # another epoch would not end in time
+    if spec.purpose == "default":
+        return ""  # it is compared with at the end
+    trials = session.study.trials()
+    if is_hopeless(result, spec.backbone, trials, val=session.plan.sizes.val):
+        return "hopeless"
+    return PAUSED if is_behind(session.plan, spec.number, trials, result.epoch) else ""
 
 
 def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
@@ -216,17 +238,21 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
         "metrics": {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
     }
     session.store.finish_trial(session.name, done)
+    epochs = done.epochs
     if trains_backbone(_strategy(session, spec)):
         images = spec.epoch_images or session.plan.sizes.train
-        facts["image_seconds"] = round(done.seconds / done.epochs / images, 6)
+        epochs -= job.resumed or 0
+        facts["image_seconds"] = round(done.seconds / epochs / images, 6)
     else:
         facts["features"] = done.features
     score = estimate(done, spec.backbone, spec.metric, session.study.trials(), val=session.plan.sizes.val)
     if done.held_out is not None:
         facts["held_out"] = done.held_out
+    if done.is_pruned:
+        facts["stopped"] = job.stopped
     session.study.note(
         done.number, val_score=done.score, val_loss=done.val_loss, seconds=round(done.seconds, 3),
-        best_epoch=done.best_epoch, epochs=done.epochs, trainable_params=done.trainable, **facts,
+        best_epoch=done.best_epoch, epochs=epochs, trainable_params=done.trainable, **facts,
     )  # fmt: skip
     session.study.tell(done.number, score, is_pruned=done.is_pruned)
     loop.failures = 0
@@ -234,7 +260,7 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     note = f"@{done.epochs}" if done.is_pruned else ""
     loop.emit(_ended(spec, slot, state, score, done.seconds, note))
     loop.emit(_progress(loop))
-    _forget_checkpoints(session)
+    forget_files(session.plan, session.study.trials())
 
 
 def _failed(loop: _Loop, slot: str, job: _Job, failed: TrialFailed) -> None:
@@ -341,20 +367,6 @@ def _save_time(loop: _Loop, *, every_s: float = 0.0) -> None:
     if spent - loop.saved_at >= every_s:
         loop.session.store.add_seconds(loop.session.name, spent - loop.saved_at)
         loop.saved_at = spent
-
-
-KEPT_CHECKPOINTS = 5
-"""Fine-tuned trials whose checkpoints stay on disk; those of frozen trials are small and all stay."""
-
-
-def _forget_checkpoints(session: Session) -> None:
-    """Delete the checkpoints of fine-tuned trials that can no longer be chosen."""
-    frozen = {s.name for s in session.plan.space.strategies if not trains_backbone(s)}
-    trained = [
-        t for t in session.study.trials() if t.score is not None and t.params["strategy"] not in frozen
-    ]
-    for trial in sorted(trained, key=rank, reverse=True)[KEPT_CHECKPOINTS:]:
-        (session.plan.trial_folder(trial.number) / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 @contextmanager

@@ -222,7 +222,7 @@ def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, g
         epochs = max(epochs, REFIT_PROBE_EPOCHS)
     values: dict[str, Any] = {
         "number": number, "epochs": max(1, epochs), "patience": 0, "fit_on": ("train", "val"),
-        "evaluate_on": "test", "folder": str(folder), "purpose": "refit",
+        "evaluate_on": "test", "folder": str(folder), "purpose": "refit", "resume_from": None,
     }  # fmt: skip
     return TrialSpec(**{**vars(spec), **values})
 

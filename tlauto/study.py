@@ -33,13 +33,19 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as the study knows it. `state` is waiting, running, complete, pruned or failed."""
+    """One trial as the study knows it.
+
+    Attributes:
+        state: waiting, running, complete, pruned or failed.
+        reports: score by epoch (from 1) of a trial that trains the backbone.
+    """
 
     number: int
     state: str
     params: Mapping[str, Scalar]
     score: float | None
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    reports: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def counts(self) -> bool:
@@ -67,15 +73,14 @@ class Study:
         self.seed = seed
         self._storage = _storage(url)
         exists = _exists(self._storage, name, create=create)
-        # From the second epoch, the worse half; only trials that reported that epoch are compared.
-        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=3, n_warmup_steps=2, n_min_trials=2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
                 direction="maximize",
-                pruner=pruner,
+                # Optuna's pruners end trials; ours pause and go on (`rungs`).
+                pruner=optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
         self._running: dict[int, optuna.Trial] = {}
@@ -104,10 +109,14 @@ class Study:
 
     # --- proposing --------------------------------------------------------------------------------
 
-    def enqueue(self, params: Mapping[str, Scalar], *, purpose: str) -> None:
-        """Propose this point before anything the sampler would; the caller has validated it."""
+    def enqueue(self, params: Mapping[str, Scalar], *, purpose: str, **attrs: Any) -> None:
+        """Propose this point before anything the sampler would; the caller has validated it.
+
+        Args:
+            attrs: further attributes of the trial.
+        """
         self._records = None
-        self._study.enqueue_trial(dict(params), user_attrs={"purpose": purpose})
+        self._study.enqueue_trial(dict(params), user_attrs={"purpose": purpose, **attrs})
 
     def ask(self, space: SearchSpace, *, kept: Kept | None = None) -> TrialRecord:
         """The next point: what is enqueued, else TPE's proposal among the values in `kept`.
@@ -124,7 +133,7 @@ class Study:
         self._running[trial.number] = trial
         purpose = trial.user_attrs.get("purpose", "search")
         trial.set_user_attr("purpose", purpose)
-        return TrialRecord(trial.number, "running", params, None, {"purpose": purpose})
+        return TrialRecord(trial.number, "running", params, None, {**trial.user_attrs, "purpose": purpose})
 
     # --- recording --------------------------------------------------------------------------------
 
@@ -134,11 +143,10 @@ class Study:
         for key, value in values.items():
             self._running[number].set_user_attr(key, value)
 
-    def report(self, number: int, epoch: int, score: float) -> bool:
-        """Record an epoch's score; True when the trial should stop."""
-        trial = self._running[number]
-        trial.report(score, epoch)
-        return trial.should_prune()
+    def report(self, number: int, epoch: int, score: float) -> None:
+        """Record an epoch's score."""
+        self._records = None
+        self._running[number].report(score, epoch)
 
     def tell(self, number: int, score: float, *, is_pruned: bool = False) -> None:
         """End a trial with its score."""
@@ -281,4 +289,4 @@ def _kind(trial: FrozenTrial) -> str | None:
 def _record(trial: FrozenTrial) -> TrialRecord:
     state = {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
     score = trial.user_attrs.get("score") if trial.state == TrialState.PRUNED else trial.value
-    return TrialRecord(trial.number, state, trial.params, score, trial.user_attrs)
+    return TrialRecord(trial.number, state, trial.params, score, trial.user_attrs, trial.intermediate_values)

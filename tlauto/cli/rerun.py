@@ -43,7 +43,11 @@ def command(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dataset.json").write_text(dataset, encoding="utf-8")
     spec = dataclasses.replace(
-        spec_from_json(row["spec"]), dataset=str(folder / "dataset.json"), folder=str(folder), purpose="rerun"
+        spec_from_json(row["spec"]),
+        dataset=str(folder / "dataset.json"),
+        folder=str(folder),
+        purpose="rerun",
+        resume_from=None,
     )
     if spec_only:
         click.echo(to_json(spec))

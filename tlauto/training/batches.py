@@ -55,6 +55,11 @@ class Stream:
         self.random = np.random.default_rng(seed)
         self.shuffle: list[int] = []
         self.used = 0
+        self.taken = 0
+
+    def seek(self, position: int) -> None:
+        """Go on from the index at a position (from 0) that has not been passed."""
+        self.take(position - self.taken)
 
     def take(self, size: int) -> list[int]:
         """The next `size` indices."""
@@ -62,6 +67,7 @@ class Stream:
             self.shuffle = self.shuffle[self.used :] + self.random.permutation(self.count).tolist()
             self.used = 0
         self.used += size
+        self.taken += size
         return self.shuffle[self.used - size : self.used]
 
 

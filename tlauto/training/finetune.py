@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tlauto.training.inputs import Images, Inputs, autocast, autocast_dtype
 from tlauto.training.model import Classifier, assemble
 from tlauto.training.optim import MAX_GRADIENT, backbone_groups, head_groups, make_optimizer, set_rates
 from tlauto.training.prefix import prefixed
+from tlauto.training.resume import Keeper, recall
 from tlauto.training.trial import Best, Fitted, Trial
 
 MIXES = ("multiclass", "multilabel")  # a mixture of two regression images has no known value
@@ -35,7 +36,8 @@ def fine_tune(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     plans = _plans(trial)
     inputs = prefixed(trial, classifier.kind, plans) or Images(trial)
     run, best, is_pruned = Run(trial, classifier, inputs, plans), Best(spec.patience), False
-    for epoch in range(1, spec.epochs + 1):
+    keeper = Keeper(spec, pretrained)
+    for epoch in range(keeper.find(run, best) + 1, spec.epochs + 1):
         started = time.perf_counter()
         train_loss = run.epoch(epoch)
         if not trial.selects and epoch < spec.epochs:
@@ -45,8 +47,13 @@ def fine_tune(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
         seconds = time.perf_counter() - started
         goes_on = on_epoch(EpochResult(spec.number, epoch, now.score, train_loss, now.loss, seconds))
         is_pruned = not goes_on and epoch < spec.epochs
-        if is_pruned or best.is_stale:
+        if best.is_stale or epoch == spec.epochs:
             break
+        keeper.after_epoch(run, best, is_stopped=is_pruned)
+        if is_pruned:
+            break
+    if not is_pruned:
+        keeper.forget()
     state = changed(best.state, pretrained)
     return Fitted(best.epoch, best.winner, state, classifier.kind, best.seen, run.trainable, is_pruned)
 
@@ -75,6 +82,7 @@ class Run:
 
     Attributes:
         plans: of each epoch.
+        memories: what the optimizer of a run that goes on remembers, by parameter.
         trainable: numbers that have learned so far, head included.
     """
 
@@ -84,6 +92,7 @@ class Run:
     plans: Sequence[TrainPlan]
     plan: TrainPlan | None = None
     optimizer: torch.optim.Optimizer | None = None
+    memories: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     trainable: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -106,6 +115,8 @@ class Run:
 
     def epoch(self, epoch: int) -> float:
         """Train one epoch (from 1) and return its mean loss; raises Diverged when that is not finite."""
+        # Dropout draws from torch's own generator; an epoch's draws are to depend on nothing before it.
+        torch.manual_seed(int(np.random.SeedSequence((self.trial.spec.seed, epoch)).generate_state(1)[0]))
         optimizer = self._follow_plan(epoch - 1)
         self.inputs.prepare(epoch - 1)
         self.classifier.train()
@@ -158,6 +169,8 @@ class Run:
             groups = head_groups(self.classifier.head, trial.settings)
             groups += backbone_groups(parameters, backbone.stages, plan, trial.settings)
             self.optimizer = make_optimizer(groups, trial.settings, self.optimizer)
+            recall(self.optimizer, dict(self.classifier.named_parameters()), self.memories)
+            self.memories = {}
             self.plan = plan
             learning = sum(parameter.numel() for parameter in _learning(self.optimizer))
             self.trainable = max(self.trainable, learning)

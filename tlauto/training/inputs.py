@@ -50,6 +50,7 @@ class Images:
 
     def batches(self, epoch: int, *, steps: int, size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Each image with augmentation of its own."""
+        self.stream.seek(epoch * steps * size)  # where another process may have stopped
         batches = [self.stream.take(size) for _ in range(steps)]
         seed = (self.trial.spec.seed, epoch + 1)
         for indices, crops in augmented_batches(self.pixels, batches, self.augment, seed=seed):

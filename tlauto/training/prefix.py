@@ -157,6 +157,7 @@ class Prefixed:
     def batches(self, epoch: int, *, steps: int, size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Activations (B, …) of the epoch's view, its shard in an order of the trial's own."""
         shard, view = self.rota.at(epoch)
+        self.streams[shard].seek(epoch // len(self.streams) * steps * size)
         for _ in range(steps):
             places = self.streams[shard].take(size)
             taken = self.known[shard, view].take(places, self.trial.device)
