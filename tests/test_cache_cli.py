@@ -56,14 +56,26 @@ def test_the_list_fits_the_terminal_and_says_what_takes_the_space(folder: Path) 
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     assert all(len(line) <= 80 for line in lines[:-1])
-    assert lines[0].split() == ["what", "backbone", "images", "size", "last", "used"]
-    assert lines[1].split() == ["features", "keras:B", "100", "100", "kB", "now"]
-    assert lines[2].split()[0] == "features"
-    assert lines[2].endswith(" 2 d ago")
-    assert lines[2].split()[1] + lines[3].strip() == LONG
-    assert lines[-3].split() == ["pixels", "-", "100", "100", "kB", "9", "d", "ago"]
+    assert lines[0].split() == ["backbone", "what", "files", "images", "size", "last", "used"]
+    assert lines[1].split() == ["keras:B", "features", "1", "100", "100", "kB", "now"]
+    assert lines[2] == LONG
+    assert lines[3].split() == ["features", "1", "100", "100", "kB", "2", "d", "ago"]
+    assert lines[-3].split() == ["-", "pixels", "1", "100", "100", "kB", "9", "d", "ago"]
     assert lines[-2] == "3 files, 301 kB of 20 GB (TLAUTO_CACHE_SIZE)"
     assert lines[-1] == f"in {folder / 'cache'}"
+
+
+def test_files_of_one_kind_and_backbone_stand_in_one_line(folder: Path) -> None:
+    path = path_of(folder, "d")
+    cached_array(
+        path, (50, 250), np.float32, lambda first: [np.zeros((50, 250))], about={"backbone": "keras:B"}
+    )
+    lines = run("cache", "list", cwd=folder).stdout.splitlines()
+    assert [line.split() for line in lines if "keras:B" in line] == [
+        ["keras:B", "features", "2", "150", "151", "kB", "now"]
+    ]
+    every = run("cache", "list", "--all", cwd=folder).stdout.splitlines()
+    assert len([line for line in every if "keras:B" in line]) == 2
 
 
 def test_the_json_of_the_list_is_exact(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -30,11 +30,14 @@ def command() -> None:
 
 
 @command.command(name="list")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-def list_cache(as_json: bool) -> None:
+@click.option("--all", "every", is_flag=True, help="A line for each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object with every file.")
+def list_cache(every: bool, as_json: bool) -> None:
     """List what lies in the cache, last used first, and how much of the limit it takes.
 
-    Example: tlauto cache list
+    What is of one kind and one backbone stands in one line.
+
+    Example: tlauto cache list --all
     """
     from tlauto.caches import cache_limit, entries
     from tlauto.devices import cache_folder
@@ -44,7 +47,7 @@ def list_cache(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_as_json(folder, found, limit), indent=2))
     else:
-        _print(folder, found, limit)
+        _print(folder, found, limit, every=every)
 
 
 @command.command(name="clear")
@@ -99,29 +102,39 @@ def _moment(seconds: float) -> str:
 # --- for people -------------------------------------------------------------------------------------
 
 
-def _print(folder: Path, found: Sequence[Entry], limit: int) -> None:
+def _print(folder: Path, found: Sequence[Entry], limit: int, *, every: bool) -> None:
     from tlauto.caches import format_size
     from tlauto.cli.sources import print_table
 
     if not found:
         click.echo(f"the cache is empty: {folder}")
         return
-    headings = ("what", "backbone", "images", "size", "last used")
-    print_table(headings, _cells(found), right=("images", "size"))
+    headings = ("backbone", "what", "files", "images", "size", "last used")
+    groups = [[entry] for entry in found] if every else _groups(found)
+    print_table(headings, map(_cells, groups), right=("files", "images", "size"))
     total = sum(entry.bytes for entry in found)
     click.echo(f"{_files(len(found))}, {format_size(total)} of {format_size(limit)} (TLAUTO_CACHE_SIZE)")
     click.echo(f"in {folder}")
 
 
-def _cells(found: Sequence[Entry]) -> Iterator[tuple[str, ...]]:
+def _groups(found: Sequence[Entry]) -> list[list[Entry]]:
+    """Files of one kind and one backbone together, in the order of the first of each."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in found:
+        groups.setdefault((entry.kind, entry.backbone, entry.is_complete), []).append(entry)
+    return list(groups.values())
+
+
+def _cells(group: Sequence[Entry]) -> tuple[str, ...]:
     from tlauto.caches import format_size, is_in_use
 
-    now = time.time()
-    for entry in found:
-        what = entry.kind if entry.is_complete else f"{entry.kind}, unfinished"
-        images = "-" if entry.images is None else str(entry.images)
-        used = "in use" if is_in_use(entry) else _ago(now - entry.last_used)
-        yield what, entry.backbone or "-", images, format_size(entry.bytes), used
+    first = group[0]  # the last used
+    what = first.kind if first.is_complete else f"{first.kind}, unfinished"
+    images = [entry.images for entry in group if entry.images is not None]
+    used = "in use" if any(map(is_in_use, group)) else _ago(time.time() - first.last_used)
+    shown = str(sum(images)) if images else "-"
+    size = format_size(sum(entry.bytes for entry in group))
+    return first.backbone or "-", what, str(len(group)), shown, size, used
 
 
 def _ago(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,21 +46,26 @@ def with_status(infos: Iterable[BackboneInfo], registry: Registry, options: Weig
     return [Row(i, registry.provider(i.provider).weights_status(i.id, options)) for i in infos]
 
 
-def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], *, right: Iterable[str] = ()) -> None:
-    """Print a table of at most 80 columns; long cells go on in the next line, nothing is cut off."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[str] = ()
+) -> None:
+    """Print a table of at most 80 columns, if all columns but the first leave room.
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
-    for row in rows:
-        # As Text, not as str: a path may hold brackets that rich would read as markup.
-        table.add_row(*map(Text, row))
-    console = Console(highlight=False)
-    console.width = min(console.width, WIDTH)
-    console.print(table)
+    A name in the first column that is too long for it stands in a line of its own, unbroken: it is there to
+    be copied.
+    """
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
+    widths[0] = max(len(headings[0]), min(widths[0], WIDTH - rest))
+    sides = [str.rjust if heading in right else str.ljust for heading in headings]
+    for row in [headings, *cells]:
+        first, *others = row
+        if len(first) > widths[0]:
+            click.echo(first)
+            first = ""
+        padded = [side(c, width) for side, c, width in zip(sides, [first, *others], widths, strict=True)]
+        click.echo("  ".join(padded).rstrip())
 
 
 def _options(files: tuple[str, ...], folder: str | None, offline: bool) -> WeightsOptions:

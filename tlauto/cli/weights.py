@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlauto.cli.sources import Row, print_table, weights_options, with_status
+from tlauto.cli.sources import Row, weights_options, with_status
 
 if TYPE_CHECKING:
     from tlauto.contracts import WeightsOptions
@@ -52,7 +52,10 @@ def list_weights(options: WeightsOptions, as_json: bool) -> None:
         click.echo(json.dumps({"weights": weights, "unused": unused}, indent=2))
         return
     if rows:
-        print_table(("backbone", "size", "file"), _cells(rows), right=("size",))
+        for row in rows:
+            size = _size(row.status.path)
+            click.echo(f"{row.info.id}  {f'{size / 1e6:.1f} MB' if size else '-'}")
+            click.echo(f"    {row.status.path or row.status.detail}")  # whole: to be copied
     else:
         click.echo("no weights are at hand; 'tlauto weights fetch ID' downloads some")
     for path in unused:
@@ -150,12 +153,6 @@ def _problem(id: str, registry: Registry, options: WeightsOptions) -> str | None
     if path and stated and not sha256_file(path).startswith(stated[1]):
         return f"'{path}' is not the file its name says: its sha256 does not begin with {stated[1]}"
     return None
-
-
-def _cells(rows: Iterable[Row]) -> Iterable[tuple[str, str, str]]:
-    for row in rows:
-        size = _size(row.status.path)
-        yield row.info.id, f"{size / 1e6:.1f} MB" if size else "-", row.status.path or row.status.detail
 
 
 def _size(path: str | None) -> int | None:
