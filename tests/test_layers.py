@@ -19,7 +19,9 @@ LAYER_1 = frozenset(
 NETWORKS = frozenset({"backbone", "keras_network"})
 LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
-LAYER_4 = frozenset({"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "results"})
+LAYER_4 = frozenset(
+    {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
+)
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
 IMAGES = frozenset({"PIL", "numpy", "sklearn", "scipy"})

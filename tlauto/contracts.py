@@ -323,7 +323,7 @@ class TrialSpec:
     fit_on: tuple[str, ...] = ("train",)
     evaluate_on: str = "val"
     init_head: str | None = None
-    purpose: Literal["probe", "default", "search", "refit", "rerun"] = "search"
+    purpose: Literal["probe", "default", "warm", "search", "refit", "rerun"] = "search"
     prove_above: float | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +28,7 @@ from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
 from tlauto.schedule import best_trial, counts, estimate, is_hopeless, rank
-from tlauto.study import INTERRUPTED, OUT_OF_TIME
+from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
 
 HOPELESS = 5
 """So many failures before the first success end the search."""
@@ -112,6 +112,8 @@ def _fill(loop: _Loop) -> None:
         probe = session.plan.next_probe(trials, spent=_spent(loop))
         if probe is not None:
             session.study.enqueue(without_fixed(probe, session.plan.space), purpose="probe")
+        else:
+            _warm_up(loop, trials, left)
         record = session.study.ask(session.plan.space, kept=session.plan.proposable(trials, left))
         spec = session.plan.spec(record, trials, left=left)
         session.store.start_trial(session.name, spec, slot)
@@ -119,6 +121,14 @@ def _fill(loop: _Loop) -> None:
         loop.busy[slot] = _Job(spec, time.monotonic())
         session.pool.send(slot, RunTrial(spec))
         loop.emit(TrialStarted(spec.number, slot, spec.backbone, spec.strategy, spec.head, spec.epochs))
+
+
+def _warm_up(loop: _Loop, trials: Sequence[TrialRecord], left: float | None) -> None:
+    """Propose what won on similar datasets, when it is time for that."""
+    session = loop.session
+    for point, study in session.plan.next_warm(trials, left):
+        session.study.enqueue(without_fixed(point, session.plan.space), purpose="warm", from_study=study)
+        loop.emit(Said(f"tries next what was best in study '{study}'"))
 
 
 def _keep_best(loop: _Loop, slot: str) -> bool:
