@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tlauto import metrics
-from tlauto.config import SearchConfig
+from tlauto.config import PRESETS, SearchConfig
 from tlauto.errors import DataError, TlautoError
 from tlauto.schedule import DIFFERENT, best_trial, probe_scores
 from tlauto.store import Store
@@ -98,6 +98,8 @@ def _earlier(
     best, probes = best_trial(trials), probe_scores(trials)
     if best is None or best.score is None or not {"backbone", "strategy", "head"} <= set(best.params):
         return None
+    theirs = json.loads(row["config"])
+    fixed = {**PRESETS[theirs["preset"]].fixed, **theirs["params"]}  # a study records what it sampled
     perfect = metrics.get(json.loads(row["plan"])["metric"]).best
     before = max(probes.values(), default=best.score)
     return Earlier(
@@ -105,7 +107,7 @@ def _earlier(
         fingerprint=row["fingerprint"],
         profile=profile,
         probes=probes,
-        params=dict(best.params),
+        params={**fixed, **best.params},
         gain=max(0.0, (best.score - before) / (perfect - before)) if perfect > before else 0.0,
     )
 
