@@ -71,7 +71,7 @@ def trial_reader(url: str) -> Callable[[str], list[TrialRecord]]:
         except KeyError:
             raise StoreError("its trials are gone from the database") from None
         except (ValueError, TypeError, optuna.exceptions.StorageInternalError) as error:
-            raise StoreError(f"its trials cannot be read ({str(error).splitlines()[0]})") from None
+            raise StoreError(f"its trials cannot be read ({error!r})") from None
 
     return read
 
