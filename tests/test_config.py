@@ -24,12 +24,12 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     (tmp_path / "tlauto.toml").write_text(
-        '[search]\ntrials = 7\nseed = 3\nbackbones = "timm:a,timm:b"\ntime = "2m"\n'
+        '[search]\ntrials = 7\nseed = 3\nbackbones = "timm:a,timm:b"\ntime = "2m"\ncold = true\n'
     )
     config = resolve({"data": "images", "trials": 9, "seed": None}, folder=tmp_path)
     assert (config.trials, config.seed, config.preset) == (9, 3, "balanced")
     assert config.backbones == ("timm:a", "timm:b")
-    assert config.time_s == 120
+    assert (config.time_s, config.cold) == (120, True)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_inner_fields_are_named_in_the_text(answers: dict[str, Any]) -> None:
         "default_is_winner": True
     }
     inner = {
-        "search": [comparison],
+        "search": [comparison, *answers["search"]["screening"]],
         "doctor": [answers["doctor"]["sides"], answers["doctor"]["split"]],
         "backbones": [row["weights"] for row in answers["backbones"]],
         "weights list": answers["weights list"]["weights"],

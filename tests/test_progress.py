@@ -189,8 +189,8 @@ def row(number: int, **changes: Any) -> Row:
     facts: dict[str, Any] = {
         "number": number, "backbone": LITE, "strategy": "feature_extraction", "head": "linear",
         "state": "complete", "score": 0.9384, "seconds": 75.2, "params": {}, "purpose": "search",
-        "epochs": 8, "seed": 1, "slot": "cpu:0", "trainable_params": 2562, "features": "pooled",
-        "metrics": {}, "error": None,
+        "from_study": None, "epochs": 8, "seed": 1, "slot": "cpu:0", "trainable_params": 2562,
+        "features": "pooled", "metrics": {}, "error": None,
     }  # fmt: skip
     return Row(**{**facts, **changes})
 

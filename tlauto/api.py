@@ -16,6 +16,7 @@ from tlauto.events import Emit, ignore
 if TYPE_CHECKING:
     from tlauto.results.bundle import Bundle
     from tlauto.results.leaderboard import Row
+    from tlauto.results.screening import Screening
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class Search:
 
         with self._store() as store:
             return leaderboard(store, Study(store.url, self.name, seed=0, create=False))
+
+    @property
+    def screening(self) -> Screening:
+        """How the backbones were ranked so far, and which earlier studies the search learned from."""
+        from tlauto.results.screening import screening
+        from tlauto.study import Study
+
+        with self._store() as store:
+            row = store.search(self.name)
+            trials = Study(store.url, self.name, seed=0, create=False).trials()
+        return screening(row["plan"], trials, seed=json.loads(row["config"])["seed"])
 
     @property
     def model(self) -> Path:

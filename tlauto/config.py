@@ -62,6 +62,7 @@ class SearchConfig:
 
     `trials` and `time_s` (seconds) are totals over all runs of the study; None leaves that side
     open. `params` fixes parameters by their dotted names. At most `ensemble` models answer together.
+    `cold` learns nothing from the workspace's earlier searches.
     """
 
     data: str
@@ -86,6 +87,7 @@ class SearchConfig:
     pretrained: bool = True
     storage: str | None = None
     new: bool = False
+    cold: bool = False
     allow_leaks: bool = False
     label_column: str | None = None
     path_column: str | None = None
@@ -125,7 +127,9 @@ class SearchConfig:
 
 
 # A resumed search must agree on these; budgets, devices and folders may change.
-IDENTITY = ("task", "metric", "backbones", "strategies", "heads", "params", "preset", "seed", "pretrained")
+IDENTITY = (
+    "task", "metric", "backbones", "strategies", "heads", "params", "preset", "seed", "pretrained", "cold",
+)  # fmt: skip
 PATHS = ("data", "out", "weights_dir")
 
 
@@ -255,7 +259,7 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
         value = value.split(",") if isinstance(value, str) else value
     expected: dict[str, type | tuple[type, ...]] = {
         "trials": int, "workers": int, "seed": int, "ensemble": int, "time_s": (int, float),
-        "offline": bool, "pretrained": bool, "new": bool, "allow_leaks": bool,
+        "offline": bool, "pretrained": bool, "new": bool, "cold": bool, "allow_leaks": bool,
         "params": dict, "weights": dict, "backbones": list, "strategies": list, "heads": list,
     }  # fmt: skip
     kind = expected.get(name, str)

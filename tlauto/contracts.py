@@ -323,7 +323,7 @@ class TrialSpec:
     evaluate_on: str = "val"
     init_head: str | None = None
     resume_from: str | None = None
-    purpose: Literal["probe", "default", "search", "promoted", "refit", "rerun"] = "search"
+    purpose: Literal["probe", "default", "warm", "search", "promoted", "refit", "rerun"] = "search"
     prove_above: float | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,13 +23,13 @@ from tlauto.contracts import (
 )
 from tlauto.errors import TrialError, WorkerDied
 from tlauto.events import Emit, EpochEnded, Progress, Said, TrialEnded, TrialStarted, ignore
-from tlauto.pace import held_back
+from tlauto.pace import held_back, seconds_a_trial
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, RunTrial
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
 from tlauto.schedule import best_trial, counts, estimate, is_hopeless
-from tlauto.study import INTERRUPTED, OUT_OF_TIME
+from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
 
 HOPELESS = 5
 """So many failures before the first success end the search."""
@@ -116,12 +116,8 @@ def _fill(loop: _Loop) -> None:
         if slot in loop.busy or _keep_best(loop, slot) or not _may_start(loop):
             continue
         trials, left = session.study.trials(), seconds_left(loop)
-        probe = session.plan.next_probe(trials, spent=_spent(loop))
         kept = session.plan.proposable(trials, left)
-        if probe is not None:
-            session.study.enqueue(without_fixed(probe, session.plan.space), purpose="probe")
-        elif paused := promotion(session.plan, trials, kept["strategy"], left=left):
-            session.study.enqueue(paused.params, purpose="promoted", continues=paused.number)
+        _enqueue(loop, trials, kept["strategy"], left)
         record = session.study.ask(session.plan.space, kept=kept)
         spec = next_spec(session, record, trials, left=left)
         for epoch, score in earlier_reports(spec, record, trials).items():
@@ -131,6 +127,22 @@ def _fill(loop: _Loop) -> None:
         loop.busy[slot] = _Job(spec, time.monotonic())
         session.pool.send(slot, RunTrial(spec))
         loop.emit(TrialStarted(spec.number, slot, spec.backbone, spec.strategy, spec.head, spec.epochs))
+
+
+def _enqueue(
+    loop: _Loop, trials: Sequence[TrialRecord], strategies: Sequence[str], left: float | None
+) -> None:
+    """Propose what comes before the sampler: a probe, what won on similar datasets, a paused trial."""
+    study, plan = loop.session.study, loop.session.plan
+    probe = plan.next_probe(trials, spent=_spent(loop))
+    warm = [] if probe else plan.next_warm(trials, left)
+    if probe is not None:
+        study.enqueue(without_fixed(probe, plan.space), purpose="probe")
+    for point, earlier in warm:
+        study.enqueue(without_fixed(point, plan.space), purpose="warm", from_study=earlier)
+        loop.emit(Said(f"tries next what was best in study '{earlier}'"))
+    if probe is None and not warm and (paused := promotion(plan, trials, strategies, left=left)):
+        study.enqueue(paused.params, purpose="promoted", continues=paused.number)
 
 
 def _keep_best(loop: _Loop, slot: str) -> bool:
@@ -307,17 +319,11 @@ def _progress(loop: _Loop) -> Progress:
         pruned=now["pruned"],
         failed=now["failed"],
         max_trials=session.config.max_trials,
-        seconds_a_trial=_seconds_a_trial(loop),
+        seconds_a_trial=seconds_a_trial(trials, len(session.pool.slots)),
         seconds_left=seconds_left(loop),
         best_number=best.number if best else None,
         best_score=best.score if best else None,
     )
-
-
-def _seconds_a_trial(loop: _Loop) -> float | None:
-    trials = [t for t in loop.session.study.trials() if t.counts and t.attrs.get("purpose") != "probe"]
-    times = [float(t.attrs["seconds"]) for t in trials if "seconds" in t.attrs]
-    return sum(times) / len(times) / len(loop.session.pool.slots) if times else None
 
 
 # --- stopping and tidying ---------------------------------------------------------------------------

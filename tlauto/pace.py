@@ -68,6 +68,14 @@ def refit_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Size
     return seconds / max(1, epochs) * (best * learned / sizes.train + 1)
 
 
+def seconds_a_trial(trials: Sequence[TrialRecord], slots: int) -> float | None:
+    """Seconds from the end of one trial to that of the next, probes left aside; None before the first."""
+    times = [
+        float(t.attrs["seconds"]) for t in trials if t.counts and not _is_probe(t) and "seconds" in t.attrs
+    ]
+    return sum(times) / len(times) / slots if times else None
+
+
 def may_screen(trials: Sequence[TrialRecord], unprobed: int, *, spent: float, limit: float) -> bool:
     """Whether there is time to screen one more backbone."""
     if not unprobed:

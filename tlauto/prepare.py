@@ -22,6 +22,7 @@ from tlauto.data import Dataset, load_dataset, memory_file
 from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
+from tlauto.history import read_past
 from tlauto.pace import Sizes
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
@@ -31,6 +32,7 @@ from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store, storage_url
 from tlauto.study import INTERRUPTED, Study, check_name
+from tlauto.warm import Past
 
 
 @dataclass
@@ -90,6 +92,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
             cache=cache,
             device=slots[0].device,
             sizes=Sizes(*(len(dataset.part(part)) for part in ("train", "val", "test"))),
+            past=_past(config, store, stored, dataset, report, emit),
         )
         if not stored:
             _create(store, name, plan, dataset, report, infos)
@@ -214,6 +217,31 @@ def _read_data(config: SearchConfig, store: Store, stored: str | None, emit: Emi
     return dataset, json.dumps(report.to_json())
 
 
+def _past(
+    config: SearchConfig,
+    store: Store,
+    stored: Mapping[str, Any] | None,
+    dataset: Dataset,
+    report: str,
+    emit: Emit,
+) -> Past | None:
+    """What there is to learn from other searches; on resume, what there was when the study began."""
+    if stored:
+        recorded = stored["plan"].get("past")
+        return Past.from_json(recorded) if recorded else None
+    if config.cold:
+        return None
+    past, notes = read_past(
+        store, config, task=dataset.task, fingerprint=dataset.fingerprint, report=json.loads(report)
+    )
+    for note in notes:
+        emit(Said(note))
+    if past.earlier:
+        names = ", ".join(earlier.study for earlier in past.earlier)
+        emit(Said(f"starts from what earlier searches found here: {names} (--cold leaves them out)"))
+    return past
+
+
 def _what_changed(study: str, path: str, old: Dataset, new: Dataset) -> str:
     before, now = ({(i.path, i.sha256) for i in d.items} for d in (old, new))
     return (
@@ -245,6 +273,7 @@ def _create(
         "metric": plan.metric,
         "task": plan.task,
         "backbones": list(plan.space.backbones),
+        "past": plan.past.to_json() if plan.past else None,
         "infos": [dataclasses.asdict(info) for info in infos.values()],
     }
     store.create_search(
@@ -305,6 +334,6 @@ def _announce(session: Session, why: str, emit: Emit) -> None:
         )
     )
     probed = sum(purpose == "probe" for _, purpose in plan.first_points(config.max_trials))
-    left_out = plan.space.backbones[probed:]
+    left_out = plan.screened[probed:]
     if probed and left_out and not done and config.time_s is None:
         emit(Said(f"half of the trials screen backbones; there is none for {', '.join(left_out)}"))

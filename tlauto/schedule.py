@@ -25,6 +25,7 @@ from tlauto.pace import (
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
 from tlauto.study import TrialRecord
+from tlauto.warm import Past, screening_order, warm_points
 
 KEEP_TOP = 3
 """Backbones that stay after screening: the best probes, the default and a wild card beside them."""
@@ -46,6 +47,7 @@ class Plan:
         device: kind of device the epochs are sized for, `cpu` or a GPU.
         folder: of the study.
         sizes: images in each part.
+        past: what is known of earlier searches, None when nothing is to be learned from them.
     """
 
     config: SearchConfig
@@ -57,6 +59,13 @@ class Plan:
     cache: Path
     device: str
     sizes: Sizes
+    past: Past | None = None
+
+    @property
+    def screened(self) -> tuple[str, ...]:
+        """Backbones in the order in which they are screened, as far as the budget goes."""
+        backbones = self.space.backbones
+        return screening_order(backbones, self.past) if self.past else backbones
 
     def first_points(self, max_trials: int | None) -> list[tuple[dict[str, Scalar], str]]:
         """Points to run before the sampler: a probe a backbone, then the default recipe.
@@ -64,7 +73,7 @@ class Plan:
         A small budget gets fewer probes: at most half of it, and none when it is one trial. With a
         limit of time the first few come here, the others as `next_probe` allows.
         """
-        probes = list(self.space.backbones) if self._can_probe() else []
+        probes = list(self.screened) if self._can_probe() else []
         if max_trials is not None:
             probes = probes[: max_trials // 2]
         if self.config.time_s is not None:
@@ -84,12 +93,33 @@ class Plan:
         limit, most = self.config.time_s, self.config.max_trials
         if limit is None or not self._can_probe() or any(t.state == "waiting" for t in trials):
             return None
-        seen = {str(t.params["backbone"]) for t in trials if t.attrs.get("purpose") == "probe" and t.params}
-        rest = [backbone for backbone in self.space.backbones if backbone not in seen]
+        seen = {str(t.params["backbone"]) for t in trials if _is_probe(t) and t.params}
+        rest = [backbone for backbone in self.screened if backbone not in seen]
         is_enough = most is not None and len(seen) >= most // 2
         if is_enough or not may_screen(trials, len(rest), spent=spent, limit=limit):
             return None
         return self._probe(rest[0])
+
+    def next_warm(
+        self, trials: Sequence[TrialRecord], left: float | None
+    ) -> list[tuple[dict[str, Scalar], str]]:
+        """Points that won on similar datasets, each with its study: once, when every probe has ended.
+
+        Args:
+            left: as for `spec`.
+        """
+        is_early = any(t.state == "waiting" or (t.state == "running" and _is_probe(t)) for t in trials)
+        if not self.past or is_early or any(t.attrs.get("purpose") == "warm" for t in trials):
+            return []
+        return warm_points(
+            self.space,
+            self.past,
+            probe_scores(trials),
+            kept=self.kept(trials),
+            strategies=self.affordable(trials, left),
+            tried=[t.params for t in trials],
+            trials=self.config.max_trials,
+        )
 
     def default_recipe(self) -> dict[str, Scalar]:
         """What one would do without a search: fine-tune the best-known backbone, on a CPU its last stages."""
@@ -103,16 +133,7 @@ class Plan:
 
     def kept(self, trials: Sequence[TrialRecord]) -> tuple[str, ...]:
         """Backbones that the sampler may propose; all of them until a probe is complete."""
-        probes = [t for t in trials if t.attrs.get("purpose") == "probe" and t.state == "complete"]
-        ranked = [str(t.params["backbone"]) for t in sorted(probes, key=rank, reverse=True)]
-        if not ranked:
-            return self.space.backbones
-        failed = {str(t.params["backbone"]) for t in trials if _failed_probe(t)}
-        kept = [*ranked[:KEEP_TOP], *({self.space.backbones[0]} - failed)]
-        rest = [b for b in self.space.backbones if b not in kept and b not in failed]
-        if rest:
-            kept.append(random.Random(f"{self.config.seed}/wild card").choice(rest))
-        return tuple(dict.fromkeys(kept))
+        return kept_backbones(self.space.backbones, trials, seed=self.config.seed)
 
     def affordable(self, trials: Sequence[TrialRecord], left: float | None) -> tuple[str, ...]:
         """Freezing strategies that there is time for: frozen ones only when it is short."""
@@ -205,6 +226,30 @@ class Plan:
         probes.sort(key=lambda t: (t.params["head"] == head, *rank(t)), reverse=True)
         files = [self.trial_folder(t.number) / name for t in probes for name in INIT_FILES]
         return next((str(file) for file in files if file.is_file()), None)
+
+
+def kept_backbones(backbones: Sequence[str], trials: Sequence[TrialRecord], *, seed: int) -> tuple[str, ...]:
+    """The backbones with the best probes, the default and a wild card; all until a probe is complete.
+
+    Args:
+        backbones: of the search, the default first.
+    """
+    probes = [t for t in trials if _is_probe(t) and t.state == "complete"]
+    ranked = [str(t.params["backbone"]) for t in sorted(probes, key=rank, reverse=True)]
+    if not ranked:
+        return tuple(backbones)
+    failed = {str(t.params["backbone"]) for t in trials if _failed_probe(t)}
+    kept = [*ranked[:KEEP_TOP], *({backbones[0]} - failed)]
+    rest = [b for b in backbones if b not in kept and b not in failed]
+    if rest:
+        kept.append(random.Random(f"{seed}/wild card").choice(rest))
+    return tuple(dict.fromkeys(kept))
+
+
+def probe_scores(trials: Sequence[TrialRecord]) -> dict[str, float]:
+    """The score of each backbone's complete probe."""
+    probes = [t for t in trials if _is_probe(t) and t.state == "complete"]
+    return {str(t.params["backbone"]): t.score for t in probes if t.score is not None}
 
 
 def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, growth: float) -> TrialSpec:
@@ -320,6 +365,10 @@ def counts(trials: Sequence[TrialRecord]) -> Mapping[str, int]:
     return {**by_state, "total": len(counted)}
 
 
+def _is_probe(trial: TrialRecord) -> bool:
+    return trial.attrs.get("purpose") == "probe"
+
+
 def _failed_probe(trial: TrialRecord) -> bool:
     """Not one that was cut off: it runs again."""
-    return trial.attrs.get("purpose") == "probe" and trial.state == "failed" and trial.counts
+    return _is_probe(trial) and trial.state == "failed" and trial.counts

@@ -141,6 +141,14 @@ class Store:
         query = sa.select(_searches.c.study).order_by(_searches.c.created_at.desc())
         return [row.study for row in self._rows(query)]
 
+    def finished(self) -> list[dict[str, Any]]:
+        """`study`, `config`, `plan`, `fingerprint`, `report` of finished searches as text, newest first."""
+        what = (_searches.c.study, _searches.c.config, _searches.c.plan)
+        query = sa.select(*what, _datasets.c.fingerprint, _datasets.c.report)
+        query = query.join(_datasets, _searches.c.dataset == _datasets.c.id)
+        query = query.where(_searches.c.state == "finished").order_by(_searches.c.created_at.desc())
+        return [dict(row._mapping) for row in self._rows(query)]
+
     def search(self, study: str) -> dict[str, Any] | None:
         """The row of a search with `plan` decoded, or None."""
         rows = self._rows(sa.select(_searches).where(_searches.c.study == study))

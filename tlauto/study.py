@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,9 @@ INTERRUPTED = "interrupted"
 
 OUT_OF_TIME = "out of time"
 """Error kind of a trial that still ran when the time was up; it does not count either."""
+
+ORIGIN = ("purpose", "from_study")
+"""Attributes that say why a trial is run; one that is proposed again keeps them."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -59,6 +62,24 @@ class TrialRecord:
 def check_name(url: str, name: str, *, create: bool) -> None:
     """Raise StoreError when the study of that name is not ours, or is gone while `create` is False."""
     _exists(_storage(url), name, create=create)
+
+
+def trial_reader(url: str) -> Callable[[str], list[TrialRecord]]:
+    """A function from a study's name to its trials, for studies that are only read.
+
+    It raises StoreError when the trials of a study are gone or damaged.
+    """
+    storage = _storage(url)
+
+    def read(name: str) -> list[TrialRecord]:
+        try:
+            return [_record(t) for t in storage.get_all_trials(storage.get_study_id_from_name(name))]
+        except KeyError:
+            raise StoreError("its trials are gone from the database") from None
+        except (ValueError, TypeError, optuna.exceptions.StorageInternalError) as error:
+            raise StoreError(f"its trials cannot be read ({error!r})") from None
+
+    return read
 
 
 class Study:
@@ -113,7 +134,7 @@ class Study:
         """Propose this point before anything the sampler would; the caller has validated it.
 
         Args:
-            attrs: further attributes of the trial.
+            attrs: further facts to record of the trial, such as `from_study`.
         """
         self._records = None
         self._study.enqueue_trial(dict(params), user_attrs={"purpose": purpose, **attrs})
@@ -178,7 +199,8 @@ class Study:
         again = {t.user_attrs.get("retry_of") for t in self._study.get_trials(deepcopy=False)}
         for number in sorted(done - again):
             frozen = self._study.get_trials(deepcopy=False)[number]
-            attrs = {"purpose": frozen.user_attrs.get("purpose", "search"), "retry_of": number}
+            kept = {name: frozen.user_attrs[name] for name in ORIGIN if name in frozen.user_attrs}
+            attrs = {"purpose": "search", **kept, "retry_of": number}
             if frozen.params and "retry_of" not in frozen.user_attrs:
                 self._study.enqueue_trial(frozen.params, user_attrs=attrs)
                 self._records = None

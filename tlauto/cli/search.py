@@ -66,6 +66,7 @@ def _weights(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...
 @click.option("--storage", metavar="URL", help="Database URL instead of the workspace's SQLite file.")
 @click.option("--resume", is_flag=True, help="Go on with the study if it exists and fits (the default).")
 @click.option("--new", is_flag=True, default=None, help="Start another study even if one exists.")
+@click.option("--cold", is_flag=True, default=None, help="Learn nothing from the workspace's other studies.")
 @click.option("--allow-leaks", is_flag=True, default=None, help="Accept duplicates across given splits.")
 @click.option("--label-column", metavar="NAME", help="Column of a manifest that holds the label.")
 @click.option("--path-column", metavar="NAME", help="Column of a manifest that holds the image path.")

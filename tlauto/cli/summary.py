@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 WIDE = 200
 """Columns of a table that goes to a file or another program, where no name should be cut."""
 
+SAME_WINNER = (
+    "{} ranks first here as on all earlier datasets of this workspace, though others came near: the ranking "
+    "may follow the backbones more than the images; try others by themselves with --backbones"
+)
+
 
 def print_result(search: Search) -> None:
     """The end of `tlauto search`."""
@@ -58,12 +63,13 @@ def print_study(search: Search) -> None:
         console.print(f"{name:<9} {text}", markup=False)
     for warning in report.get("warnings", []):
         console.print(f"note      {warning}", markup=False)
+    _print_screening(console, search, rows)
     _print_end(console, search, rows)
 
 
 def result_json(search: Search) -> dict[str, Any]:
     """The documented result of a search; see `docs/json.md`."""
-    rows = search.leaderboard()
+    rows, screening = search.leaderboard(), dataclasses.asdict(search.screening)
     best = next((row for row in rows if row.is_best), None)
     info = search.info()
     return {
@@ -74,6 +80,9 @@ def result_json(search: Search) -> dict[str, Any]:
         "task": info["plan"]["task"],
         "metric": info["plan"]["metric"],
         "backbones": info["plan"]["backbones"],
+        "screening": list(screening["backbones"]),
+        "learned_from": list(screening["learned_from"]),
+        "same_winner": screening["same_winner"],
         "seconds": round(info["seconds"], 3),
         "trials": sum(row.counts for row in rows),
         "best": dataclasses.asdict(best) if best else None,
@@ -109,7 +118,24 @@ def _print_table(console: Console, rows: Sequence[Row]) -> None:
             console.print(f"trial {row.number} failed: {row.error}", markup=False)
 
 
+def _print_screening(console: Console, search: Search, rows: Sequence[Row]) -> None:
+    found = search.screening
+    for place, one in enumerate(found.backbones):
+        start = "" if place else "screened"
+        stays = "" if one.goes_on else ", dropped"
+        text = f"{start:<9} {one.backbone} {one.score:.3f} in {duration(one.seconds)}{stays}"
+        console.print(text, markup=False)
+    if found.learned_from:
+        console.print(f"learned   from {', '.join(found.learned_from)}", markup=False)
+    for row in rows:
+        if row.from_study:
+            console.print(f"          trial {row.number}: what was best in {row.from_study}", markup=False)
+
+
 def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
+    same = search.screening.same_winner
+    if same:
+        console.print(f"note      {SAME_WINNER.format(same)}", markup=False)
     best = next((row for row in rows if row.is_best), None)
     if best is None:
         console.print("best      no trial has a score yet", markup=False)

@@ -22,6 +22,7 @@ class Row:
         score: what it is ranked by, higher is better (`schedule.estimate`); None when it has none.
         seconds: wall time of the trial, None while it runs.
         params: every parameter it ran with, by dotted name.
+        from_study: the earlier study that a `warm` trial was taken over from.
         features: what of the backbone the head reads, None until the trial ended.
         metrics: on validation, name to {"value", "low", "high"}.
         error: `kind: sentence` of a failed trial.
@@ -36,6 +37,7 @@ class Row:
     seconds: float | None
     params: Mapping[str, Scalar]
     purpose: str
+    from_study: str | None
     epochs: int | None
     seed: int | None
     slot: str | None
@@ -92,6 +94,7 @@ def _row(record: TrialRecord, stored: Mapping[str, Any] | None, *, is_best: bool
         seconds=result.get("seconds", record.attrs.get("seconds")),
         params={name: value for name, value in params.items() if name not in chosen},
         purpose=str(record.attrs.get("purpose", spec.get("purpose", "search"))),
+        from_study=record.attrs.get("from_study"),
         epochs=result.get("epochs"),
         seed=spec.get("seed"),
         slot=stored["slot"] if stored else None,
