@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from tlauto.contracts import ImageInput
-from tlauto.training.augment import Augment
+from tlauto.training.augment import Augment, Plan
 from tlauto.training.pixels import Pixels
 
 EVAL_BATCH = 64
-LOOK_AHEAD = 2  # batches prepared while the device is busy with an earlier one
+LOOK_AHEAD = 2  # batches prepared while a GPU is busy with an earlier one
+
+Made = TypeVar("Made")
 
 
 def normalise(crops: torch.Tensor, image_input: ImageInput, device: torch.device) -> torch.Tensor:
-    """Normalised images (N, 3, H, W) float32 on `device` from RGB crops (N, 3, H, W) uint8."""
+    """Normalised images (N, 3, H, W) float32 on `device` from RGB crops (N, 3, H, W) from 0 to 255.
+
+    Crops of uint8 are left alone; crops of float32 may be overwritten.
+    """
     images = to_device(crops, device).contiguous(memory_format=torch.channels_last).float().div_(255)
     if image_input.bgr:
         images = images.flip(1)
@@ -66,33 +73,52 @@ class Stream:
 
 
 def augmented_batches(
-    pixels: Pixels, batches: Sequence[list[int]], augment: Augment, *, seed: Sequence[int]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Pairs of indices and augmented crops (N, 3, size, size) uint8, prepared ahead in threads.
-
-    Each image draws from a generator of its own, seeded by `seed`, the batch and its place in it, so
-    the result does not depend on how the threads are scheduled.
-    """
-    return seeded_batches(pixels, batches, augment, lambda batch, place: [*seed, batch, place])
-
-
-def seeded_batches(
     pixels: Pixels,
     batches: Sequence[list[int]],
     augment: Augment,
-    seed_of: Callable[[int, int], Sequence[int]],
+    keys: Callable[[int], np.ndarray],
+    device: torch.device,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The same with a seed for each batch and place in it."""
+    """Pairs of indices and normalised augmented images (B, 3, size, size), made on `device`.
 
-    def prepare(batch: int, place: int) -> torch.Tensor:
-        random = np.random.default_rng(seed_of(batch, place))
-        return augment(pixels.window(batches[batch][place]), random)
+    For a GPU the next windows are read, and the next draws made, in a thread, which leaves the device
+    and its stream to this one. On a CPU that would only take the time of who trains there.
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        waiting: deque[list[Future[torch.Tensor]]] = deque()
-        for batch in range(len(batches) + LOOK_AHEAD):
-            if batch < len(batches):
-                waiting.append([threads.submit(prepare, batch, i) for i in range(len(batches[batch]))])
-            if batch >= LOOK_AHEAD:
-                images = [future.result() for future in waiting.popleft()]
-                yield batches[batch - LOOK_AHEAD], torch.stack(images)
+    Args:
+        keys: of the images (B, W) uint64 of a batch, by its number: they decide the draws (`draws`).
+    """
+    is_gpu = device.type == "cuda"
+
+    def prepare(batch: int) -> tuple[torch.Tensor, Plan | None]:
+        plan = augment.plan(keys(batch))
+        images = pixels.windows(batches[batch]) if plan else pixels.crops(batches[batch])
+        if is_gpu:
+            images, plan = images.pin_memory(), plan.map(torch.Tensor.pin_memory) if plan else None
+        return images, plan
+
+    with contextlib.closing(ahead(prepare, len(batches), most=LOOK_AHEAD if is_gpu else 0)) as prepared:
+        for indices, (images, plan) in zip(batches, prepared, strict=True):
+            if plan:
+                images = augment(to_device(images, device), plan.map(lambda part: to_device(part, device)))
+            yield indices, normalise(images, pixels.input, device)
+
+
+def ahead(make: Callable[[int], Made], count: int, *, most: int) -> Generator[Made]:
+    """`make(0)` to `make(count - 1)`, of which up to `most` are made beforehand, in one thread.
+
+    With 0 there is no thread. What `make` raises is raised where its result would have come; the thread
+    ends with the iterator.
+    """
+    if not most:
+        yield from map(make, range(count))
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Made]] = deque()
+        try:
+            for number in range(count + most):
+                if number < count:
+                    waiting.append(thread.submit(make, number))
+                if number >= most:
+                    yield waiting.popleft().result()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -32,13 +32,13 @@ from tlauto.data import Item
 from tlauto.splits import Split, split_of
 from tlauto.training.arrays import cached_array
 from tlauto.training.augment import LEVELS, Augment
-from tlauto.training.batches import EVAL_BATCH, Stream, normalise, seeded_batches, to_device
+from tlauto.training.batches import EVAL_BATCH, Stream, augmented_batches, normalise, to_device
 from tlauto.training.inputs import autocast
 from tlauto.training.model import Kind, features_of
-from tlauto.training.pixels import contents, geometry
+from tlauto.training.pixels import contents, gather, geometry
 from tlauto.training.trial import Trial
 
-VERSION = 1  # raise it when views or shards change, so that old caches are not used
+VERSION = 2  # raise it when views or shards change, so that old caches are not used
 VIEWS = 4  # most augmented views of an image; the plain one, for validation, comes besides
 SHARE = 4  # a trial's activations may take this part of the cache's limit
 PROOF = 3  # real images on which the halves must equal the whole
@@ -228,15 +228,16 @@ class Prefixed:
         pixels = trial.source.pixels([name])
         augment = Augment(trial.settings.augment if view else "none", pixels.input)
         batches = [list(rows[i : i + EVAL_BATCH]) for i in range(0, len(rows), EVAL_BATCH)]
+        every = view_keys(items, view)
 
-        def seed_of(batch: int, place: int) -> Sequence[int]:
-            return view_seed(items[batch * EVAL_BATCH + place], view)
+        def keys(batch: int) -> np.ndarray:
+            return every[batch * EVAL_BATCH : (batch + 1) * EVAL_BATCH]
 
         trial.source.backbone.set_training(False)
-        for _, crops in seeded_batches(pixels, batches, augment, seed_of):
+        for _, images in augmented_batches(pixels, batches, augment, keys, device):
             # As without a cache: images to learn from in mixed precision, those to validate on in full.
             with torch.inference_mode(), autocast(device) if view else contextlib.nullcontext():
-                activations = self.split.prefix(normalise(crops, pixels.input, device)).float()
+                activations = self.split.prefix(images).float()
             yield activations
 
 
@@ -262,23 +263,15 @@ class Activations:
 
     def take(self, rows: Sequence[int], device: torch.device) -> torch.Tensor:
         """Rows (B, …) float32 on `device`."""
-        taken = torch.from_numpy(np.stack([self._row(row) for row in rows]))
+        taken = torch.from_numpy(gather(self.parts, rows))
         layout = torch.channels_last if self.form.is_channels_last else torch.contiguous_format
         return to_device(taken, device).to(dtype=torch.float32, memory_format=layout)
 
-    def _row(self, row: int) -> np.ndarray:
-        for part in self.parts:
-            if row < len(part):
-                found: np.ndarray = part[row]
-                return found
-            row -= len(part)
-        raise IndexError(row)
 
-
-def view_seed(item: Item, view: int) -> Sequence[int]:
-    """The seed of an image's view: the same in every trial and every split of the data."""
-    digest = hashlib.sha256(item.sha256.encode()).digest()
-    return [VERSION, view, int.from_bytes(digest[:8], "big")]
+def view_keys(items: Sequence[Item], view: int) -> np.ndarray:
+    """Keys (N, 3) uint64 of a view of images: the same in every trial and every split of the data."""
+    digests = (hashlib.sha256(item.sha256.encode()).digest() for item in items)
+    return np.array([[VERSION, view, int.from_bytes(digest[:8], "big")] for digest in digests], np.uint64)
 
 
 # --- whether it can be done -------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""Crop, flip, rotate and shear a whole batch in one resampling.
+
+A movement is a matrix (N, 3, 3) from a place in the result to the place in the image that is seen there.
+Places are (x, y, 1) with x and y from -1 to 1, the outer edges of the first and the last pixel. So
+`crop @ flip @ turn` is what first crops, then flips, then turns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+SHRINK = 1.5
+"""Most pixels of a window that one pixel of the result steps over.
+
+Bilinear interpolation reads two pixels a side, so it skips none below a step of 2, and aliases little at
+the steps there are: a window's side is 1.15 times that of the crop for most networks, and no crop is
+larger than its window. A larger window is shrunk to this bound first, with antialiasing.
+"""
+
+
+def crop(left: np.ndarray, top: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """A part of the image; all (N,), as shares of its side."""
+    return _matrices(width, 0, 2 * left + width - 1, 0, height, 2 * top + height - 1)
+
+
+def flip(is_flipped: np.ndarray) -> np.ndarray:
+    """Left and right exchanged where `is_flipped` (N,)."""
+    return _matrices(np.where(is_flipped, -1.0, 1.0), 0, 0, 0, 1, 0)
+
+
+def turn(
+    angle: np.ndarray | float = 0.0,
+    *,
+    across: np.ndarray | float = 0.0,
+    along: np.ndarray | float = 0.0,
+    right: np.ndarray | float = 0.0,
+    down: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """Sheared, rotated and shifted about the centre, in this order; at least one of them is (N,).
+
+    Args:
+        angle: clockwise, radians.
+        across, along: slopes of the shear: what lies above the centre moves right, what lies to the
+            left of it moves down.
+        right, down: shift, in shares of the side.
+
+    These are torchvision's conventions (`affine`), of which this is the inverse.
+    """
+    cos, sin = np.cos(angle), np.sin(angle)
+    shear = _matrices(1, across, 0, 0, 1, 0) @ _matrices(1, 0, 0, along, 1, 0)
+    shift = _matrices(1, 0, -2 * np.asarray(right), 0, 1, -2 * np.asarray(down))
+    turned: np.ndarray = shear @ _matrices(cos, sin, 0, -sin, cos, 0) @ shift
+    return turned
+
+
+def resample(windows: torch.Tensor, matrices: torch.Tensor, size: int) -> torch.Tensor:
+    """Moved images (N, 3, size, size) float32 from 0 to 255 of windows (N, R, R, 3) uint8.
+
+    Args:
+        matrices: (N, 2, 3) float32, the first two rows of movements.
+
+    What lies beyond the window is black.
+    """
+    images = windows.permute(0, 3, 1, 2).float()
+    if images.shape[-1] > SHRINK * size:
+        edge = math.ceil(SHRINK * size)
+        images = nn.functional.interpolate(images, (edge, edge), mode="bilinear", antialias=True)
+    grid = _grid(matrices, size)
+    # Half a pixel from the edge there is no second one to read: the nearest counts for both, not black.
+    moved = nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return moved.mul_((grid.abs() <= 1).all(-1)[:, None])
+
+
+def _grid(matrices: torch.Tensor, size: int) -> torch.Tensor:
+    """The places (N, size, size, 2) to look at.
+
+    `affine_grid` multiplies matrices by an algorithm that depends on the batch; these sums do not.
+    """
+    line = (torch.arange(size, device=matrices.device) * 2 + 1) / size - 1
+    grid = matrices.new_empty(len(matrices), size, size, 2)
+    for axis in (0, 1):
+        x, y, shift = matrices[:, axis].unbind(1)
+        rows, columns = y[:, None] * line, x[:, None] * line + shift[:, None]
+        torch.add(rows[:, :, None], columns[:, None, :], out=grid[..., axis])
+    return grid
+
+
+def _matrices(*numbers: np.ndarray | float) -> np.ndarray:
+    """Matrices (N, 3, 3) of the numbers, each (N,) or for all, of their first two rows."""
+    cells = np.broadcast_arrays(*numbers, 0.0, 0.0, 1.0)
+    return np.stack(cells, axis=-1).reshape(-1, 3, 3)
