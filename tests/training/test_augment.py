@@ -48,13 +48,15 @@ def batches_of(
     *,
     epoch: int = 1,
     image_input: ImageInput = INPUT,
+    device: torch.device = CPU,
 ) -> list[torch.Tensor]:
     """What the trainer gets in an epoch."""
     pixels, augment = Pixels([windows], image_input), Augment(level, image_input)
-    prepared = augmented_batches(
-        pixels, batches, augment, lambda batch: keys_of((0, epoch, batch), len(batches[batch])), CPU
-    )
-    indices, images = zip(*prepared, strict=True)
+
+    def keys(batch: int) -> np.ndarray:
+        return keys_of((0, epoch, batch), len(batches[batch]))
+
+    indices, images = zip(*augmented_batches(pixels, batches, augment, keys, device), strict=True)
     assert list(indices) == batches
     return list(images)
 
@@ -186,6 +188,32 @@ def test_on_a_cpu_no_thread_is_started(windows: np.ndarray) -> None:
     pixels, augment, before = Pixels([windows], INPUT), Augment("light", INPUT), threading.active_count()
     for _ in augmented_batches(pixels, [[0]] * 4, augment, lambda batch: keys_of((batch,), 1), CPU):
         assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("level", AUGMENT_LEVELS)
+def test_elsewhere_than_on_a_cpu_one_thread_prepares_and_ends_when_the_consumer_stops(
+    level: str, windows: np.ndarray
+) -> None:
+    # The device `meta` has shapes and no numbers: all that is not the CPU takes this path.
+    pixels, augment, before = Pixels([windows], INPUT), Augment(level, INPUT), threading.active_count()
+    prepared = augmented_batches(
+        pixels, [[0, 1, 2]] * 9, augment, lambda batch: keys_of((batch,), 3), torch.device("meta")
+    )
+    indices, images = next(prepared)
+    assert indices == [0, 1, 2] and images.shape == (3, 3, 32, 32) and images.device.type == "meta"
+    assert threading.active_count() == before + 1
+    prepared.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("level", AUGMENT_LEVELS)
+def test_a_gpu_makes_the_same_images(level: str, windows: np.ndarray) -> None:
+    batches = [list(range(12))] * 5
+    ours = torch.cat(batches_of(level, windows, batches))
+    theirs = torch.cat(batches_of(level, windows, batches, device=torch.device("cuda"))).cpu()
+    # Rounding decides where a value is next to one at which an operator jumps.
+    assert ((ours - theirs).abs() > 1e-3).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("most", [0, 1, LOOK_AHEAD])

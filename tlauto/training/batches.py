@@ -26,12 +26,15 @@ def normalise(crops: torch.Tensor, image_input: ImageInput, device: torch.device
 
     Crops of uint8 are left alone; crops of float32 may be overwritten.
     """
-    images = to_device(crops, device).contiguous(memory_format=torch.channels_last).float().div_(255)
+    images = to_device(crops, device)
     if image_input.bgr:
         images = images.flip(1)
-    mean = torch.tensor(image_input.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(image_input.std, device=device).view(1, 3, 1, 1)
-    return images.sub_(mean).div_(std)
+    images = images.contiguous(memory_format=torch.channels_last).float().div_(255)
+    # Whole lines at once: for three numbers at a time PyTorch takes twice as long on a CPU.
+    lines = images.permute(0, 2, 3, 1).flatten(2)  # (N, H, W * 3), a view
+    mean, std = (to_device(torch.tensor(each), device) for each in (image_input.mean, image_input.std))
+    lines.sub_(mean.repeat(images.shape[3])).div_(std.repeat(images.shape[3]))
+    return images
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -81,22 +84,22 @@ def augmented_batches(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Pairs of indices and normalised augmented images (B, 3, size, size), made on `device`.
 
-    For a GPU the next windows are read, and the next draws made, in a thread, which leaves the device
-    and its stream to this one. On a CPU that would only take the time of who trains there.
+    For a GPU the next windows are read, and the next draws made, in one thread, which leaves the device
+    to this one. On a CPU, whose cores are taken by who trains there, a thread would gain nothing.
 
     Args:
         keys: of the images (B, W) uint64 of a batch, by its number: they decide the draws (`draws`).
     """
-    is_gpu = device.type == "cuda"
 
     def prepare(batch: int) -> tuple[torch.Tensor, Plan | None]:
         plan = augment.plan(keys(batch))
         images = pixels.windows(batches[batch]) if plan else pixels.crops(batches[batch])
-        if is_gpu:
+        if device.type == "cuda":
             images, plan = images.pin_memory(), plan.map(torch.Tensor.pin_memory) if plan else None
         return images, plan
 
-    with contextlib.closing(ahead(prepare, len(batches), most=LOOK_AHEAD if is_gpu else 0)) as prepared:
+    most = 0 if device.type == "cpu" else LOOK_AHEAD
+    with contextlib.closing(ahead(prepare, len(batches), most=most)) as prepared:
         for indices, (images, plan) in zip(batches, prepared, strict=True):
             if plan:
                 images = augment(to_device(images, device), plan.map(lambda part: to_device(part, device)))

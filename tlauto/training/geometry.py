@@ -63,16 +63,33 @@ def resample(windows: torch.Tensor, matrices: torch.Tensor, size: int) -> torch.
     Args:
         matrices: (N, 2, 3) float32, the first two rows of movements.
 
-    What lies beyond the window is black.
+    What lies more than a pixel beyond the window is black.
     """
+    if windows.shape[1] > SHRINK * size:
+        windows = _shrunk(windows, math.ceil(SHRINK * size))
+    images = _framed(windows)  # (N, 3, R + 2, R + 2)
+    grid = _grid(matrices * (windows.shape[1] / images.shape[-1]), size)
+    return nn.functional.grid_sample(images, grid, align_corners=False)
+
+
+def _shrunk(windows: torch.Tensor, edge: int) -> torch.Tensor:
+    """The windows (N, edge, edge, 3) float32."""
     images = windows.permute(0, 3, 1, 2).float()
-    if images.shape[-1] > SHRINK * size:
-        edge = math.ceil(SHRINK * size)
-        images = nn.functional.interpolate(images, (edge, edge), mode="bilinear", antialias=True)
-    grid = _grid(matrices, size)
-    # Half a pixel from the edge there is no second one to read: the nearest counts for both, not black.
-    moved = nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved.mul_((grid.abs() <= 1).all(-1)[:, None])
+    images = nn.functional.interpolate(images, (edge, edge), mode="bilinear", antialias=True)
+    return images.permute(0, 2, 3, 1)
+
+
+def _framed(windows: torch.Tensor) -> torch.Tensor:
+    """Images (N, 3, R + 2, R + 2) float32 with the outermost pixels twice.
+
+    Between the centre of the last pixel and the window's edge there is else only black to mix it with.
+    """
+    count, edge = windows.shape[:2]
+    framed = torch.empty(count, edge + 2, edge + 2, 3, device=windows.device)
+    framed[:, 1:-1, 1:-1] = windows
+    framed[:, 0], framed[:, -1] = framed[:, 1], framed[:, -2]
+    framed[:, :, 0], framed[:, :, -1] = framed[:, :, 1], framed[:, :, -2]
+    return framed.permute(0, 3, 1, 2)
 
 
 def _grid(matrices: torch.Tensor, size: int) -> torch.Tensor:

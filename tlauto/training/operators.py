@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torchvision.transforms.v2 import functional as F
 
 Operator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,9 +23,9 @@ def brightness(images: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
 
 def contrast(images: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     """Away from the image's mean grey, or towards it."""
-    # A sum of whole numbers in float64 is exact, so it does not depend on the order of the summands.
-    mean = _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64).float()
-    return _blend(mean, images, strengths)
+    # Sums of whole numbers are exact (those of a line below 2^24), so their order does not matter.
+    total = _grey(images).sum(3).long().sum((1, 2))
+    return _blend(_each(total / images[0, 0].numel()), images, strengths)
 
 
 def saturation(images: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
@@ -36,9 +35,10 @@ def saturation(images: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
 
 def sharpness(images: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     """Away from a smoothed image, or towards it; the outermost pixels stay."""
+    lines = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
+    around = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:]  # sums of 3 x 3 pixels
     inner = images[..., 1:-1, 1:-1]
-    smooth = nn.functional.avg_pool2d(images, 3, 1).mul_(9).add_(inner, alpha=4).div_(13).round_()
-    inner.copy_(_blend(smooth, inner, strengths))
+    _blend(around.add_(inner, alpha=4).div_(13).round_(), inner, strengths)
     return images
 
 
@@ -114,5 +114,5 @@ def _grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def _blend(other: torch.Tensor, images: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """From `other`, strength -1, through the images, 0, to as far beyond, 1."""
-    return torch.lerp(other, images, 1 + _each(strengths)).clamp_(0, 255)
+    """The images made `other` by strength -1, left by 0, and as far beyond themselves by 1; in place."""
+    return images.mul_(1 + _each(strengths)).sub_(other * _each(strengths)).clamp_(0, 255)
