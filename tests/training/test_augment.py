@@ -22,6 +22,8 @@ from tlauto.training.pixels import Pixels, centre_crop
 
 INPUT = ImageInput(size=32, resize=40)
 CPU = torch.device("cpu")
+META = torch.device("meta")  # shapes without numbers; all that is not the CPU goes the same way
+DEVICES = (CPU, META)
 AUGMENTED = AUGMENT_LEVELS[1:]
 
 
@@ -194,11 +196,8 @@ def test_on_a_cpu_no_thread_is_started(windows: np.ndarray) -> None:
 def test_elsewhere_than_on_a_cpu_one_thread_prepares_and_ends_when_the_consumer_stops(
     level: str, windows: np.ndarray
 ) -> None:
-    # The device `meta` has shapes and no numbers: all that is not the CPU takes this path.
     pixels, augment, before = Pixels([windows], INPUT), Augment(level, INPUT), threading.active_count()
-    prepared = augmented_batches(
-        pixels, [[0, 1, 2]] * 9, augment, lambda batch: keys_of((batch,), 3), torch.device("meta")
-    )
+    prepared = augmented_batches(pixels, [[0, 1, 2]] * 9, augment, lambda batch: keys_of((batch,), 3), META)
     indices, images = next(prepared)
     assert indices == [0, 1, 2] and images.shape == (3, 3, 32, 32) and images.device.type == "meta"
     assert threading.active_count() == before + 1
@@ -216,9 +215,10 @@ def test_a_gpu_makes_the_same_images(level: str, windows: np.ndarray) -> None:
     assert ((ours - theirs).abs() > 1e-3).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("most", [0, 1, LOOK_AHEAD])
-@pytest.mark.parametrize("count", [0, 1, 7])
-def test_batches_come_in_order_and_few_are_made_ahead(count: int, most: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_batches_come_in_order_and_few_are_made_ahead(count: int, device: torch.device) -> None:
+    most = 0 if device == CPU else LOOK_AHEAD
     before, made, threads = threading.active_count(), [], set()
 
     def make(number: int) -> int:
@@ -226,7 +226,7 @@ def test_batches_come_in_order_and_few_are_made_ahead(count: int, most: int) -> 
         threads.add(threading.get_ident())
         return 10 * number
 
-    for taken, value in enumerate(ahead(make, count, most=most)):
+    for taken, value in enumerate(ahead(make, count, device=device)):
         assert value == 10 * taken
         assert len(made) <= taken + 1 + most
         assert threading.active_count() <= before + bool(most)
@@ -235,8 +235,8 @@ def test_batches_come_in_order_and_few_are_made_ahead(count: int, most: int) -> 
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("most", [0, LOOK_AHEAD])
-def test_an_error_is_raised_where_its_batch_would_have_come_and_ends_the_thread(most: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_error_is_raised_where_its_batch_would_have_come_and_ends_the_thread(device: torch.device) -> None:
     before, taken = threading.active_count(), []
 
     def make(number: int) -> int:
@@ -245,20 +245,20 @@ def test_an_error_is_raised_where_its_batch_would_have_come_and_ends_the_thread(
         return number
 
     with pytest.raises(OSError, match="gone"):
-        for number in ahead(make, 9, most=most):
+        for number in ahead(make, 9, device=device):
             taken.append(number)
     assert taken == [0, 1, 2]
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("most", [0, LOOK_AHEAD])
-def test_who_stops_early_ends_the_thread(most: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_who_stops_early_ends_the_thread(device: torch.device) -> None:
     before, made = threading.active_count(), []
-    prepared = ahead(lambda number: made.append(number), 100, most=most)
+    prepared = ahead(lambda number: made.append(number), 100, device=device)
     next(prepared)
     prepared.close()
     assert threading.active_count() == before
-    assert len(made) <= 1 + most
+    assert len(made) <= 1 + LOOK_AHEAD
 
 
 class WatchedPixels(Pixels):

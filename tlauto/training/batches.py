@@ -39,9 +39,12 @@ def normalise(crops: torch.Tensor, image_input: ImageInput, device: torch.device
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on `device`; through pinned memory, without waiting, when that is a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return pinned(tensor, device).to(device, non_blocking=device.type == "cuda")
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in memory from which a GPU copies without waiting; itself for other devices."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def centre_batches(
@@ -49,8 +52,14 @@ def centre_batches(
 ) -> Iterator[torch.Tensor]:
     """Images in order, all unless `indices` says which, unaugmented: normalised (N, 3, H, W)."""
     chosen = range(len(pixels)) if indices is None else indices
-    for start in range(0, len(chosen), EVAL_BATCH):
-        yield normalise(pixels.crops(chosen[start : start + EVAL_BATCH]), pixels.input, device)
+    starts = range(0, len(chosen), EVAL_BATCH)
+
+    def read(batch: int) -> torch.Tensor:
+        return pinned(pixels.crops(chosen[starts[batch] : starts[batch] + EVAL_BATCH]), device)
+
+    with contextlib.closing(ahead(read, len(starts), device=device)) as prepared:
+        for crops in prepared:
+            yield normalise(crops, pixels.input, device)
 
 
 class Stream:
@@ -84,8 +93,7 @@ def augmented_batches(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Pairs of indices and normalised augmented images (B, 3, size, size), made on `device`.
 
-    For a GPU the next windows are read, and the next draws made, in one thread, which leaves the device
-    to this one. On a CPU, whose cores are taken by who trains there, a thread would gain nothing.
+    Windows are read and draws made ahead; the device is left to the thread that trains on it.
 
     Args:
         keys: of the images (B, W) uint64 of a batch, by its number: they decide the draws (`draws`).
@@ -94,34 +102,31 @@ def augmented_batches(
     def prepare(batch: int) -> tuple[torch.Tensor, Plan | None]:
         plan = augment.plan(keys(batch))
         images = pixels.windows(batches[batch]) if plan else pixels.crops(batches[batch])
-        if device.type == "cuda":
-            images, plan = images.pin_memory(), plan.map(torch.Tensor.pin_memory) if plan else None
-        return images, plan
+        return pinned(images, device), plan.map(lambda part: pinned(part, device)) if plan else None
 
-    most = 0 if device.type == "cpu" else LOOK_AHEAD
-    with contextlib.closing(ahead(prepare, len(batches), most=most)) as prepared:
+    with contextlib.closing(ahead(prepare, len(batches), device=device)) as prepared:
         for indices, (images, plan) in zip(batches, prepared, strict=True):
             if plan:
                 images = augment(to_device(images, device), plan.map(lambda part: to_device(part, device)))
             yield indices, normalise(images, pixels.input, device)
 
 
-def ahead(make: Callable[[int], Made], count: int, *, most: int) -> Generator[Made]:
-    """`make(0)` to `make(count - 1)`, of which up to `most` are made beforehand, in one thread.
+def ahead(make: Callable[[int], Made], count: int, *, device: torch.device) -> Generator[Made]:
+    """`make(0)` to `make(count - 1)`, in one thread, up to `LOOK_AHEAD` of them before they are asked for.
 
-    With 0 there is no thread. What `make` raises is raised where its result would have come; the thread
-    ends with the iterator.
+    What `make` raises is raised where its result would have come; the thread ends with the iterator.
+    For a CPU there is no thread: its cores are taken by who trains there, so it would gain nothing.
     """
-    if not most:
+    if device.type == "cpu":
         yield from map(make, range(count))
         return
     with ThreadPoolExecutor(1) as thread:
         waiting: deque[Future[Made]] = deque()
         try:
-            for number in range(count + most):
+            for number in range(count + LOOK_AHEAD):
                 if number < count:
                     waiting.append(thread.submit(make, number))
-                if number >= most:
+                if number >= LOOK_AHEAD:
                     yield waiting.popleft().result()
         finally:
             thread.shutdown(wait=False, cancel_futures=True)

@@ -32,7 +32,7 @@ from tlauto.data import Item
 from tlauto.splits import Split, split_of
 from tlauto.training.arrays import cached_array
 from tlauto.training.augment import LEVELS, Augment
-from tlauto.training.batches import EVAL_BATCH, Stream, augmented_batches, normalise, to_device
+from tlauto.training.batches import EVAL_BATCH, Stream, ahead, augmented_batches, normalise, pinned, to_device
 from tlauto.training.inputs import autocast
 from tlauto.training.model import Kind, features_of
 from tlauto.training.pixels import contents, gather, geometry
@@ -157,17 +157,22 @@ class Prefixed:
     def batches(self, epoch: int, *, steps: int, size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Activations (B, …) of the epoch's view, its shard in an order of the trial's own."""
         shard, view = self.rota.at(epoch)
-        for _ in range(steps):
-            places = self.streams[shard].take(size)
-            taken = self.known[shard, view].take(places, self.trial.device)
-            yield self.rota.shards[shard][places].tolist(), taken
+        known, device = self.known[shard, view], self.trial.device
+        batches = [self.streams[shard].take(size) for _ in range(steps)]
+
+        def read(step: int) -> torch.Tensor:
+            return pinned(known.read(batches[step]), device)
+
+        with contextlib.closing(ahead(read, steps, device=device)) as prepared:
+            for places, taken in zip(batches, prepared, strict=True):
+                yield self.rota.shards[shard][places].tolist(), self.form.on(taken, device)
 
     def valid(self) -> Iterator[torch.Tensor]:
         """Activations of the plain view of `evaluate_on`."""
         count = len(self.trial.valid_targets)
         for start in range(0, count, EVAL_BATCH):
             rows = range(start, min(start + EVAL_BATCH, count))
-            yield self._valid.take(rows, self.trial.device)
+            yield self.form.on(self._valid.read(rows), self.trial.device)
 
     def features(self, batch: torch.Tensor, kind: Kind) -> torch.Tensor:
         """Those of the stages that follow."""
@@ -190,7 +195,7 @@ class Prefixed:
             if own:
                 parts.append(self._cached(name, own, view, dtype))
             start += count
-        return Activations(tuple(parts), self.form)
+        return Activations(tuple(parts))
 
     def _cached(self, name: str, rows: Sequence[int], view: int, dtype: type[np.floating[Any]]) -> np.ndarray:
         source, spec = self.trial.source, self.trial.spec
@@ -253,19 +258,21 @@ class Form:
         """Bytes of one image's activations in half precision; in full it is twice as much."""
         return int(np.prod(self.shape)) * 2
 
+    def on(self, activations: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Activations (B, …) as the network takes them: float32 on `device`, in its layout."""
+        layout = torch.channels_last if self.is_channels_last else torch.contiguous_format
+        return to_device(activations, device).to(dtype=torch.float32, memory_format=layout)
+
 
 @dataclass(frozen=True)
 class Activations:
     """Cached activations, part after part, by row."""
 
     parts: tuple[np.ndarray, ...]
-    form: Form
 
-    def take(self, rows: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Rows (B, …) float32 on `device`."""
-        taken = torch.from_numpy(gather(self.parts, rows))
-        layout = torch.channels_last if self.form.is_channels_last else torch.contiguous_format
-        return to_device(taken, device).to(dtype=torch.float32, memory_format=layout)
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        """A copy (B, …) of some rows, of the parts' precision."""
+        return torch.from_numpy(gather(self.parts, rows))
 
 
 def view_keys(items: Sequence[Item], view: int) -> np.ndarray:
