@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anytime
+import augment
 import numpy as np
 import probe_script
 import pytest
@@ -18,9 +19,10 @@ import torch
 from tests_support import TINY, environment
 
 from tlauto import metrics
-from tlauto.contracts import WeightsOptions
+from tlauto.contracts import ImageInput, WeightsOptions
 from tlauto.data import load_dataset
 from tlauto.plugins import registry
+from tlauto.recipe import AUGMENT_LEVELS
 from tlauto.training.batches import normalise
 from tlauto.training.pixels import centre_crop, decode
 
@@ -83,6 +85,35 @@ def test_partial_trials_are_timed_with_and_without_the_cache(
     assert all(
         0 <= row[way]["score"] <= 1 and row[way]["epoch_s"] > 0 for way in ("without", "first", "next")
     )
+
+
+def test_batched_augmentation_is_timed_against_one_image_at_a_time(tmp_path: Path) -> None:
+    options = ("--quick", "--backbone", TINY[1], "--images", "24", "--batch", "8", "--threads", "2")
+    done = script("augment.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert tuple(found["augment_speedup"]) == AUGMENT_LEVELS
+    for row in found["rows"]:
+        assert row["batched"] / row["per_image"] == row["speedup"] == found["augment_speedup"][row["level"]]
+        assert 0 < row["share"] < 1
+    assert found["augment_share"] == max(row["share"] for row in found["rows"])
+    assert (found["device"], found["threads"], found["batch"]) == ("cpu", 2, 8)
+
+
+@pytest.mark.parametrize("level", AUGMENT_LEVELS)
+def test_both_ways_of_augmenting_give_images_of_the_same_kind(level: str, tmp_path: Path) -> None:
+    image_input = ImageInput(size=32, resize=36)
+    windows = augment.write_windows(tmp_path / "windows.npy", image_input, 8)
+    batches, device = [[0, 1, 2], [3, 4, 5], [6, 7]], torch.device("cpu")
+    before = torch.get_num_threads()
+    transform = augment.tutorial(level, image_input)
+    ours = list(augment.batched(level, windows, batches, image_input, device))
+    theirs = list(augment.per_image(transform, windows, batches, device))
+    assert torch.get_num_threads() == before
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        if level == "none":
+            assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_without_data_it_says_what_to_give(tmp_path: Path) -> None:

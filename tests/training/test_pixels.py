@@ -101,8 +101,13 @@ def test_pixels_come_split_after_split_and_only_those_asked_for(dataset: Dataset
     assert len(pixels) == 8
     for index, name in enumerate(["5", "6", "7", "0", "1", "2", "3", "4"]):
         expected = window_of(Image.open(tmp_path / f"{name}.png"), image_input)
-        assert np.array_equal(pixels.window(index), expected)
-    assert pixels.crops([6, 0]).shape == (2, 3, 32, 32)
+        assert np.array_equal(pixels.windows([index])[0], expected)
+    crops, windows = pixels.crops([6, 0, 6]), pixels.windows([6, 0, 6])
+    assert np.array_equal(crops.permute(0, 2, 3, 1), centre_crop(windows.numpy(), image_input))
+    assert torch.equal(windows[0], pixels.windows([6])[0]) and torch.equal(windows[0], windows[2])
+    for index in (-1, 8):
+        with pytest.raises(IndexError, match=f"rows .* of {len(pixels)}"):
+            pixels.windows([0, index])
     assert len(list(cache.glob("pixels/*.npy"))) == 2, "the test part must not be touched"
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from tlauto.builtin.timm_provider import TimmProvider
 from tlauto.contracts import Backbone, EpochResult, TrainPlan, TrialDone, TrialSpec, WeightsOptions
-from tlauto.data import Dataset
+from tlauto.data import Dataset, Item
 from tlauto.plugins import Registry
-from tlauto.training.prefix import PROOF, VIEWS, first_learning_stage, plan_rota
+from tlauto.training.prefix import PROOF, VIEWS, first_learning_stage, plan_rota, view_keys
 
 Run = Callable[..., TrialDone]
 Offering = Callable[..., Registry]
@@ -154,6 +154,29 @@ def test_every_level_learns_from_activations(level: str, backbone: str, partial:
     run(spec, lambda result: not told.append(result))
     assert len(arrays(spec)) == (1 if level == "none" else VIEWS) + 1
     assert told[-1].train_loss < told[0].train_loss
+
+
+def test_an_images_view_is_the_same_in_any_shard_and_batch(partial: TrialSpec, run: Run) -> None:
+    spec = replace(partial, backbone="timm:test_resnet", params={"augment.level": "strong"})
+    found = []
+    for epoch_images, epochs in ((None, 2), (7, 8)):  # two views of all images each
+        run(replace(spec, epoch_images=epoch_images, epochs=epochs, cache=f"{spec.cache}/{epochs}"))
+        cached = [np.load(file) for file in Path(f"{spec.cache}/{epochs}", "prefixes").glob("*.npy")]
+        views = np.concatenate([array for array in cached if array.dtype == np.float16])
+        found.append(torch.from_numpy(views.reshape(len(views), -1)).float())
+    assert found[0].shape == found[1].shape
+    distances = torch.cdist(*found)
+    # Half precision rounds differently where convolutions of other batch sizes do.
+    assert distances.min(1).values.max() < 0.01 * distances.median()
+    assert sorted(distances.argmin(1).tolist()) == list(range(len(distances)))
+
+
+def test_views_are_drawn_by_image_and_view_alone() -> None:
+    items = [Item(f"{i}.png", 0, "train", f"sha{i}") for i in range(3)]
+    keys = view_keys(items, 1)
+    assert np.array_equal(view_keys(items[1:], 1), keys[1:])
+    assert np.array_equal(view_keys([replace(items[2], path="x.png", split="val")], 1), keys[2:])
+    assert len(np.unique(np.concatenate([keys, view_keys(items, 2)]), axis=0)) == 6
 
 
 # --- nothing is computed twice ----------------------------------------------------------------------

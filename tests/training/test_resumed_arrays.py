@@ -55,7 +55,7 @@ def test_killed_decoding_goes_on_with_the_images_that_are_left(tmp_path: Path) -
     for name in names[:BLOCK]:
         (tmp_path / name).unlink()  # they are not read again
     pixels = load_pixels(dataset, ["train"], ImageInput(size=8, resize=8), str(tmp_path / "cache"))
-    reds = [int(pixels.window(i)[0, 0, 0]) for i in range(len(pixels))]
+    reds = [int(pixels.windows([i])[0, 0, 0, 0]) for i in range(len(pixels))]
     assert reds == [*range(256), 7, 1, 2, 3]
 
 

@@ -1,25 +1,30 @@
-"""Augmentation in four levels, each image with draws of its own.
+"""Augmentation in four levels, a batch at a time, each image with draws of its own.
 
-torchvision's v2 operators do the work; the draws come from a NumPy generator given with each image
-instead of torch's global one, so that images can be prepared in several threads and still be the
-same on every run.
+The draws are made on the host (`Augment.plan`), where they are the same for every device; the pixels are
+changed where the windows are. Whatever moves pixels is one resampling.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as F
 
 from tlauto.contracts import ImageInput
-from tlauto.training.pixels import centre_crop
+from tlauto.training.draws import uniforms
+from tlauto.training.geometry import crop, flip, resample, turn
+from tlauto.training.operators import TRIVIAL, Operator, brightness, contrast, saturation
 
-Random = np.random.Generator
-Operator = Callable[[torch.Tensor, float], torch.Tensor]
+Draws = dict[str, np.ndarray]
+
+# Each level draws all of them, so that an image's crop is the same whatever else is done to it.
+DRAWS = (
+    "area", "ratio", "left", "top", "flip", "angle", "across", "along", "brightness", "contrast",
+    "saturation", "operator", "strength", "sign",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,55 +56,111 @@ LEVELS = {
 }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each image of a batch.
+
+    Attributes:
+        matrices: (B, 2, 3) float32, where each place of the result lies in the window (`geometry`).
+        changes: operators of colour in their order, and of how many images.
+        rows: (M,) int64, those images, operator after operator; ascending within each.
+        strengths: (M,) float32, how much each of them changes.
+    """
+
+    matrices: torch.Tensor
+    changes: tuple[tuple[Operator, int], ...]
+    rows: torch.Tensor
+    strengths: torch.Tensor
+
+    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Plan:
+        """The same with its tensors moved elsewhere."""
+        matrices, rows, strengths = map(move, (self.matrices, self.rows, self.strengths))
+        return replace(self, matrices=matrices, rows=rows, strengths=strengths)
+
+
 class Augment:
-    """From a window (R, R, 3) uint8 to an augmented crop (3, size, size) uint8."""
+    """From windows (B, R, R, 3) uint8 to augmented crops (B, 3, size, size) float32."""
 
     def __init__(self, level: str, image_input: ImageInput) -> None:
         self.level = LEVELS[level]
         self.input = image_input
-        self.is_identity = level == "none"
 
-    def __call__(self, window: np.ndarray, random: Random) -> torch.Tensor:
-        """The crop; `random` decides all draws."""
-        if self.is_identity:
-            return _as_image(centre_crop(window, self.input))
-        image = random_crop(_as_image(window), self.input.size, self.level, random)
-        if random.random() < 0.5:
-            image = F.horizontal_flip(image)
+    def plan(self, keys: np.ndarray) -> Plan | None:
+        """What happens to images with these keys (B, W) uint64, of which each decides one image's draws.
+
+        None is the centre crop.
+        """
+        if self.level == Level():
+            return None
+        draws = dict(zip(DRAWS, uniforms(keys, len(DRAWS)).T, strict=True))
+        matrices, found = self._movements(draws), list(self._changes(draws))
+        return Plan(
+            torch.from_numpy(matrices[:, :2].astype(np.float32)),
+            tuple((operator, len(rows)) for operator, rows, _ in found),
+            torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(rows for _, rows, _ in found)])),
+            torch.from_numpy(np.concatenate([[], *(s for _, _, s in found)]).astype(np.float32)),
+        )
+
+    def __call__(self, windows: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Crops float32 from 0 to 255, on the device that windows and plan are on."""
+        images = resample(windows, plan.matrices, self.input.size)
+        counts = [count for _, count in plan.changes]
+        parts = torch.split(plan.rows, counts), torch.split(plan.strengths, counts)
+        for (change, count), rows, strengths in zip(plan.changes, *parts, strict=True):
+            if count == len(images):
+                images = change(images, strengths)
+            else:
+                images[rows] = change(images[rows], strengths)
+        return images
+
+    def _movements(self, draws: Draws) -> np.ndarray:
+        """Matrices (B, 3, 3) of all that moves pixels."""
+        moved: np.ndarray = _random_crop(self.level, draws) @ flip(draws["flip"] < 0.5)
         if self.level.shear:
-            image = _rotate_and_shear(image, self.level.shear, random)
-        if self.level.colour:
-            image = _change_colours(image, self.level.colour, random)
+            most = math.radians(self.level.shear)
+            angle, across, along = (most * _signed(draws[name]) for name in ("angle", "across", "along"))
+            moved = moved @ turn(angle, across=np.tan(across), along=np.tan(along))
         if self.level.trivial:
-            image = trivial_augment(image, random)
-        return image
+            moved = moved @ self._trivial_turn(draws)
+        return moved
+
+    def _trivial_turn(self, draws: Draws) -> np.ndarray:
+        """TrivialAugment's operators that move pixels; shifts are whole pixels of the result."""
+        kinds, strengths = trivial_draws(draws)
+        names = np.array([operator.name for operator in TRIVIAL])[kinds]
+
+        def of(name: str) -> np.ndarray:
+            return np.where(names == name, strengths, 0.0)
+
+        right, down = np.round(of("shift_x")) / self.input.size, np.round(of("shift_y")) / self.input.size
+        angle, across, along = np.radians(of("rotate")), of("shear_x"), of("shear_y")
+        return turn(angle, across=across, along=along, right=right, down=down)
+
+    def _changes(self, draws: Draws) -> Iterator[tuple[Operator, np.ndarray, np.ndarray]]:
+        """Operators of colour, each with the images (n,) that it changes and its strengths (n,)."""
+        everything = np.arange(len(draws["area"]))
+        if self.level.colour:
+            for change in (brightness, contrast, saturation):
+                yield change, everything, self.level.colour * _signed(draws[change.__name__])
+        if self.level.trivial:
+            kinds, strengths = trivial_draws(draws)
+            for kind, operator in enumerate(TRIVIAL):
+                rows = everything[kinds == kind]
+                if operator.change and len(rows):
+                    yield operator.change, rows, strengths[rows]
 
 
-def random_crop(image: torch.Tensor, size: int, level: Level, random: Random) -> torch.Tensor:
-    """A random part of (3, R, R), zoomed to (3, size, size); this is zoom and shift in one."""
-    edge = image.shape[-1]
-    area = random.uniform(level.area, 1.0) * edge * edge
-    log_ratio = math.log(level.ratio)
-    ratio = math.exp(random.uniform(-log_ratio, log_ratio))
-    width = min(edge, max(1, round(math.sqrt(area * ratio))))
-    height = min(edge, max(1, round(math.sqrt(area / ratio))))
-    top = int(random.integers(0, edge - height + 1))
-    left = int(random.integers(0, edge - width + 1))
-    crop: torch.Tensor = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
-    return crop
-
-
-def trivial_augment(image: torch.Tensor, random: Random) -> torch.Tensor:
-    """One operator, chosen evenly, at a strength chosen evenly: TrivialAugment, wide space."""
-    operator, strongest, is_signed = TRIVIAL[int(random.integers(len(TRIVIAL)))]
-    strength = strongest * float(random.random())
-    if is_signed and random.random() < 0.5:
-        strength = -strength
-    return operator(image, strength)
+def trivial_draws(draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+    """The place (B,) in `TRIVIAL` of each image's operator, chosen evenly, and its strength (B,)."""
+    kinds = (draws["operator"] * len(TRIVIAL)).astype(np.int64)
+    strongest = np.array([operator.strongest for operator in TRIVIAL])
+    is_signed = np.array([operator.is_signed for operator in TRIVIAL])
+    sign = np.where(is_signed[kinds] & (draws["sign"] < 0.5), -1.0, 1.0)
+    return kinds, sign * strongest[kinds] * draws["strength"]
 
 
 def mixup(
-    images: torch.Tensor, targets: torch.Tensor, alpha: float, random: Random
+    images: torch.Tensor, targets: torch.Tensor, alpha: float, random: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, H, W) and soft targets (N, K), each mixed with the next of the batch.
 
@@ -109,59 +170,14 @@ def mixup(
     return images.lerp(images.roll(1, 0), 1 - weight), targets.lerp(targets.roll(1, 0), 1 - weight)
 
 
-def _as_image(window: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(window)).permute(2, 0, 1)  # (3, H, W)
+def _random_crop(level: Level, draws: Draws) -> np.ndarray:
+    """A random part of the window, zoomed to the whole: zoom and shift in one."""
+    area = level.area + (1 - level.area) * draws["area"]
+    ratio = level.ratio ** _signed(draws["ratio"])
+    width, height = np.minimum(1, np.sqrt(area * ratio)), np.minimum(1, np.sqrt(area / ratio))
+    return crop(draws["left"] * (1 - width), draws["top"] * (1 - height), width, height)
 
 
-def _affine(
-    image: torch.Tensor,
-    *,
-    angle: float = 0.0,
-    shift: tuple[int, int] = (0, 0),
-    shear: tuple[float, float] = (0.0, 0.0),
-) -> torch.Tensor:
-    moved: torch.Tensor = F.affine(
-        image,
-        angle=angle,
-        translate=list(shift),
-        scale=1.0,
-        shear=list(shear),
-        interpolation=F.InterpolationMode.BILINEAR,
-    )
-    return moved
-
-
-def _rotate_and_shear(image: torch.Tensor, most: float, random: Random) -> torch.Tensor:
-    angle, across, along = random.uniform(-most, most, 3).tolist()
-    return _affine(image, angle=angle, shear=(across, along))
-
-
-def _change_colours(image: torch.Tensor, most: float, random: Random) -> torch.Tensor:
-    brightness, contrast, saturation = random.uniform(1 - most, 1 + most, 3).tolist()
-    image = F.adjust_brightness(image, brightness)
-    image = F.adjust_contrast(image, contrast)
-    changed: torch.Tensor = F.adjust_saturation(image, saturation)
-    return changed
-
-
-def _degrees(strength: float) -> float:
-    return math.degrees(math.atan(strength))
-
-
-# Operator, its largest strength, and whether the strength has a random sign.
-TRIVIAL: tuple[tuple[Operator, float, bool], ...] = (
-    (lambda image, _: image, 0.0, False),
-    (lambda image, s: _affine(image, shear=(_degrees(s), 0.0)), 0.99, True),
-    (lambda image, s: _affine(image, shear=(0.0, _degrees(s))), 0.99, True),
-    (lambda image, s: _affine(image, shift=(round(s), 0)), 32.0, True),
-    (lambda image, s: _affine(image, shift=(0, round(s))), 32.0, True),
-    (lambda image, s: _affine(image, angle=s), 135.0, True),
-    (lambda image, s: F.adjust_brightness(image, 1 + s), 0.99, True),
-    (lambda image, s: F.adjust_saturation(image, 1 + s), 0.99, True),
-    (lambda image, s: F.adjust_contrast(image, 1 + s), 0.99, True),
-    (lambda image, s: F.adjust_sharpness(image, 1 + s), 0.99, True),
-    (lambda image, s: F.posterize(image, 8 - round(s)), 6.0, False),
-    (lambda image, s: F.solarize(image, 255.0 - s), 255.0, False),
-    (lambda image, _: F.autocontrast(image), 0.0, False),
-    (lambda image, _: F.equalize(image), 0.0, False),
-)
+def _signed(draws: np.ndarray) -> np.ndarray:
+    """From [0, 1) to [-1, 1)."""
+    return 2 * draws - 1

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from tlauto.contracts import ImageInput
-from tlauto.training.augment import Augment
+from tlauto.training.augment import Augment, Plan
 from tlauto.training.pixels import Pixels
 
 EVAL_BATCH = 64
-LOOK_AHEAD = 2  # batches prepared while the device is busy with an earlier one
+LOOK_AHEAD = 2  # batches prepared while a GPU is busy with an earlier one
+
+Made = TypeVar("Made")
 
 
 def normalise(crops: torch.Tensor, image_input: ImageInput, device: torch.device) -> torch.Tensor:
-    """Normalised images (N, 3, H, W) float32 on `device` from RGB crops (N, 3, H, W) uint8."""
-    images = to_device(crops, device).contiguous(memory_format=torch.channels_last).float().div_(255)
+    """Normalised images (N, 3, H, W) float32 on `device` from RGB crops (N, 3, H, W) from 0 to 255.
+
+    Crops of uint8 are left alone; crops of float32 may be overwritten.
+    """
+    images = to_device(crops, device)
     if image_input.bgr:
         images = images.flip(1)
-    mean = torch.tensor(image_input.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(image_input.std, device=device).view(1, 3, 1, 1)
-    return images.sub_(mean).div_(std)
+    images = images.contiguous(memory_format=torch.channels_last).float().div_(255)
+    # Whole lines at once: for three numbers at a time PyTorch takes twice as long on a CPU.
+    count, channels, height, width = images.shape
+    lines = images.permute(0, 2, 3, 1).view(count, height, width * channels)
+    mean, std = (to_device(torch.tensor(each), device) for each in (image_input.mean, image_input.std))
+    lines.sub_(mean.repeat(width)).div_(std.repeat(width))
+    return images
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on `device`; through pinned memory, without waiting, when that is a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return pinned(tensor, device).to(device, non_blocking=device.type == "cuda")
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in memory from which a GPU copies without waiting; itself for other devices."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def centre_batches(
@@ -39,8 +53,14 @@ def centre_batches(
 ) -> Iterator[torch.Tensor]:
     """Images in order, all unless `indices` says which, unaugmented: normalised (N, 3, H, W)."""
     chosen = range(len(pixels)) if indices is None else indices
-    for start in range(0, len(chosen), EVAL_BATCH):
-        yield normalise(pixels.crops(chosen[start : start + EVAL_BATCH]), pixels.input, device)
+    starts = range(0, len(chosen), EVAL_BATCH)
+
+    def read(batch: int) -> torch.Tensor:
+        return pinned(pixels.crops(chosen[starts[batch] : starts[batch] + EVAL_BATCH]), device)
+
+    with contextlib.closing(ahead(read, len(starts), device=device)) as prepared:
+        for crops in prepared:
+            yield normalise(crops, pixels.input, device)
 
 
 class Stream:
@@ -72,33 +92,48 @@ class Stream:
 
 
 def augmented_batches(
-    pixels: Pixels, batches: Sequence[list[int]], augment: Augment, *, seed: Sequence[int]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Pairs of indices and augmented crops (N, 3, size, size) uint8, prepared ahead in threads.
-
-    Each image draws from a generator of its own, seeded by `seed`, the batch and its place in it, so
-    the result does not depend on how the threads are scheduled.
-    """
-    return seeded_batches(pixels, batches, augment, lambda batch, place: [*seed, batch, place])
-
-
-def seeded_batches(
     pixels: Pixels,
     batches: Sequence[list[int]],
     augment: Augment,
-    seed_of: Callable[[int, int], Sequence[int]],
+    keys: Callable[[int], np.ndarray],
+    device: torch.device,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The same with a seed for each batch and place in it."""
+    """Pairs of indices and normalised augmented images (B, 3, size, size), made on `device`.
 
-    def prepare(batch: int, place: int) -> torch.Tensor:
-        random = np.random.default_rng(seed_of(batch, place))
-        return augment(pixels.window(batches[batch][place]), random)
+    Windows are read and draws made ahead; the device is left to the thread that trains on it.
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        waiting: deque[list[Future[torch.Tensor]]] = deque()
-        for batch in range(len(batches) + LOOK_AHEAD):
-            if batch < len(batches):
-                waiting.append([threads.submit(prepare, batch, i) for i in range(len(batches[batch]))])
-            if batch >= LOOK_AHEAD:
-                images = [future.result() for future in waiting.popleft()]
-                yield batches[batch - LOOK_AHEAD], torch.stack(images)
+    Args:
+        keys: of the images (B, W) uint64 of a batch, by its number: they decide the draws (`draws`).
+    """
+
+    def prepare(batch: int) -> tuple[torch.Tensor, Plan | None]:
+        plan = augment.plan(keys(batch))
+        images = pixels.windows(batches[batch]) if plan else pixels.crops(batches[batch])
+        return pinned(images, device), plan.map(lambda part: pinned(part, device)) if plan else None
+
+    with contextlib.closing(ahead(prepare, len(batches), device=device)) as prepared:
+        for indices, (images, plan) in zip(batches, prepared, strict=True):
+            if plan:
+                images = augment(to_device(images, device), plan.map(lambda part: to_device(part, device)))
+            yield indices, normalise(images, pixels.input, device)
+
+
+def ahead(make: Callable[[int], Made], count: int, *, device: torch.device) -> Generator[Made]:
+    """`make(0)` to `make(count - 1)`, in one thread, up to `LOOK_AHEAD` of them before they are asked for.
+
+    What `make` raises is raised where its result would have come; the thread ends with the iterator.
+    For a CPU there is no thread: its cores are taken by who trains there, so it would gain nothing.
+    """
+    if device.type == "cpu":
+        yield from map(make, range(count))
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Made]] = deque()
+        try:
+            for number in range(count + LOOK_AHEAD):
+                if number < count:
+                    waiting.append(thread.submit(make, number))
+                if number >= LOOK_AHEAD:
+                    yield waiting.popleft().result()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

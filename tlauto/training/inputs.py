@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from tlauto.training.augment import Augment
-from tlauto.training.batches import Stream, augmented_batches, centre_batches, normalise
+from tlauto.training.batches import Stream, augmented_batches, centre_batches
+from tlauto.training.draws import keys_of
 from tlauto.training.model import Kind, features_of
 from tlauto.training.trial import Trial
 
@@ -52,9 +54,12 @@ class Images:
         """Each image with augmentation of its own."""
         self.stream.seek(epoch * steps * size)  # where another process may have stopped
         batches = [self.stream.take(size) for _ in range(steps)]
-        seed = (self.trial.spec.seed, epoch + 1)
-        for indices, crops in augmented_batches(self.pixels, batches, self.augment, seed=seed):
-            yield indices, normalise(crops, self.pixels.input, self.trial.device)
+        seed = self.trial.spec.seed
+
+        def keys(batch: int) -> np.ndarray:
+            return keys_of((seed, epoch + 1, batch), size)
+
+        return augmented_batches(self.pixels, batches, self.augment, keys, self.trial.device)
 
     def valid(self) -> Iterator[torch.Tensor]:
         """Centre crops."""

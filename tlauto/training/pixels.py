@@ -37,19 +37,30 @@ class Pixels:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def window(self, index: int) -> np.ndarray:
-        """The window (R, R, 3) of one image."""
-        for part in self.parts:
-            if index < len(part):
-                window: np.ndarray = part[index]
-                return window
-            index -= len(part)
-        raise IndexError(index)
+    def windows(self, indices: Sequence[int]) -> torch.Tensor:
+        """Copies (N, R, R, 3) of the windows of some images; raises IndexError where there is none."""
+        return torch.from_numpy(gather(self.parts, indices))
 
     def crops(self, indices: Sequence[int]) -> torch.Tensor:
         """The centre crops (N, 3, size, size) uint8 of some images."""
-        windows = np.stack([centre_crop(self.window(i), self.input) for i in indices])  # (N, S, S, 3)
-        return torch.from_numpy(windows).permute(0, 3, 1, 2)
+        parts = [centre_crop(part, self.input) for part in self.parts]
+        return torch.from_numpy(gather(parts, indices)).permute(0, 3, 1, 2)
+
+
+def gather(parts: Sequence[np.ndarray], indices: Sequence[int]) -> np.ndarray:
+    """A copy (N, …) of some rows of arrays that lie one after the other.
+
+    Raises: IndexError for a row before the first or after the last one.
+    """
+    rows, count, start = np.asarray(indices, np.int64), sum(map(len, parts)), 0
+    if rows.size and not 0 <= rows.min() <= rows.max() < count:
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of {count}")
+    found = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
+    for part in parts:
+        is_here = (start <= rows) & (rows < start + len(part))
+        found[is_here] = part[rows[is_here] - start]
+        start += len(part)
+    return found
 
 
 def load_pixels(dataset: Dataset, splits: Sequence[str], image_input: ImageInput, cache: str) -> Pixels:
@@ -82,9 +93,9 @@ def window_edge(image_input: ImageInput) -> int:
 
 
 def centre_crop(window: np.ndarray, image_input: ImageInput) -> np.ndarray:
-    """The crop (size, size, 3) in the middle of a window (R, R, 3)."""
+    """The crop (…, size, size, 3) in the middle of a window (…, R, R, 3)."""
     margin = _offset(window_edge(image_input), image_input.size)
-    return window[margin : margin + image_input.size, margin : margin + image_input.size]
+    return window[..., margin : margin + image_input.size, margin : margin + image_input.size, :]
 
 
 def contents(items: Sequence[Item], **more: object) -> str:

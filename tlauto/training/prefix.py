@@ -32,13 +32,13 @@ from tlauto.data import Item
 from tlauto.splits import Split, split_of
 from tlauto.training.arrays import cached_array
 from tlauto.training.augment import LEVELS, Augment
-from tlauto.training.batches import EVAL_BATCH, Stream, normalise, seeded_batches, to_device
+from tlauto.training.batches import EVAL_BATCH, Stream, ahead, augmented_batches, normalise, pinned, to_device
 from tlauto.training.inputs import autocast
 from tlauto.training.model import Kind, features_of
-from tlauto.training.pixels import contents, geometry
+from tlauto.training.pixels import contents, gather, geometry
 from tlauto.training.trial import Trial
 
-VERSION = 1  # raise it when views or shards change, so that old caches are not used
+VERSION = 2  # raise it when views or shards change, so that old caches are not used
 VIEWS = 4  # most augmented views of an image; the plain one, for validation, comes besides
 SHARE = 4  # a trial's activations may take this part of the cache's limit
 PROOF = 3  # real images on which the halves must equal the whole
@@ -157,18 +157,23 @@ class Prefixed:
     def batches(self, epoch: int, *, steps: int, size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Activations (B, …) of the epoch's view, its shard in an order of the trial's own."""
         shard, view = self.rota.at(epoch)
+        known, device = self.known[shard, view], self.trial.device
         self.streams[shard].seek(epoch // len(self.streams) * steps * size)
-        for _ in range(steps):
-            places = self.streams[shard].take(size)
-            taken = self.known[shard, view].take(places, self.trial.device)
-            yield self.rota.shards[shard][places].tolist(), taken
+        batches = [self.streams[shard].take(size) for _ in range(steps)]
+
+        def read(step: int) -> torch.Tensor:
+            return pinned(known.read(batches[step]), device)
+
+        with contextlib.closing(ahead(read, steps, device=device)) as prepared:
+            for places, taken in zip(batches, prepared, strict=True):
+                yield self.rota.shards[shard][places].tolist(), self.form.on(taken, device)
 
     def valid(self) -> Iterator[torch.Tensor]:
         """Activations of the plain view of `evaluate_on`."""
         count = len(self.trial.valid_targets)
         for start in range(0, count, EVAL_BATCH):
             rows = range(start, min(start + EVAL_BATCH, count))
-            yield self._valid.take(rows, self.trial.device)
+            yield self.form.on(self._valid.read(rows), self.trial.device)
 
     def features(self, batch: torch.Tensor, kind: Kind) -> torch.Tensor:
         """Those of the stages that follow."""
@@ -191,7 +196,7 @@ class Prefixed:
             if own:
                 parts.append(self._cached(name, own, view, dtype))
             start += count
-        return Activations(tuple(parts), self.form)
+        return Activations(tuple(parts))
 
     def _cached(self, name: str, rows: Sequence[int], view: int, dtype: type[np.floating[Any]]) -> np.ndarray:
         source, spec = self.trial.source, self.trial.spec
@@ -229,15 +234,16 @@ class Prefixed:
         pixels = trial.source.pixels([name])
         augment = Augment(trial.settings.augment if view else "none", pixels.input)
         batches = [list(rows[i : i + EVAL_BATCH]) for i in range(0, len(rows), EVAL_BATCH)]
+        every = view_keys(items, view)
 
-        def seed_of(batch: int, place: int) -> Sequence[int]:
-            return view_seed(items[batch * EVAL_BATCH + place], view)
+        def keys(batch: int) -> np.ndarray:
+            return every[batch * EVAL_BATCH : (batch + 1) * EVAL_BATCH]
 
         trial.source.backbone.set_training(False)
-        for _, crops in seeded_batches(pixels, batches, augment, seed_of):
+        for _, images in augmented_batches(pixels, batches, augment, keys, device):
             # As without a cache: images to learn from in mixed precision, those to validate on in full.
             with torch.inference_mode(), autocast(device) if view else contextlib.nullcontext():
-                activations = self.split.prefix(normalise(crops, pixels.input, device)).float()
+                activations = self.split.prefix(images).float()
             yield activations
 
 
@@ -253,33 +259,27 @@ class Form:
         """Bytes of one image's activations in half precision; in full it is twice as much."""
         return int(np.prod(self.shape)) * 2
 
+    def on(self, activations: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Activations (B, …) as the network takes them: float32 on `device`, in its layout."""
+        layout = torch.channels_last if self.is_channels_last else torch.contiguous_format
+        return to_device(activations, device).to(dtype=torch.float32, memory_format=layout)
+
 
 @dataclass(frozen=True)
 class Activations:
     """Cached activations, part after part, by row."""
 
     parts: tuple[np.ndarray, ...]
-    form: Form
 
-    def take(self, rows: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Rows (B, …) float32 on `device`."""
-        taken = torch.from_numpy(np.stack([self._row(row) for row in rows]))
-        layout = torch.channels_last if self.form.is_channels_last else torch.contiguous_format
-        return to_device(taken, device).to(dtype=torch.float32, memory_format=layout)
-
-    def _row(self, row: int) -> np.ndarray:
-        for part in self.parts:
-            if row < len(part):
-                found: np.ndarray = part[row]
-                return found
-            row -= len(part)
-        raise IndexError(row)
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        """A copy (B, …) of some rows, of the parts' precision."""
+        return torch.from_numpy(gather(self.parts, rows))
 
 
-def view_seed(item: Item, view: int) -> Sequence[int]:
-    """The seed of an image's view: the same in every trial and every split of the data."""
-    digest = hashlib.sha256(item.sha256.encode()).digest()
-    return [VERSION, view, int.from_bytes(digest[:8], "big")]
+def view_keys(items: Sequence[Item], view: int) -> np.ndarray:
+    """Keys (N, 3) uint64 of a view of images: the same in every trial and every split of the data."""
+    digests = (hashlib.sha256(item.sha256.encode()).digest() for item in items)
+    return np.array([[VERSION, view, int.from_bytes(digest[:8], "big")] for digest in digests], np.uint64)
 
 
 # --- whether it can be done -------------------------------------------------------------------------
