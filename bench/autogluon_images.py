@@ -49,8 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         backbone = Path(folder, "backbone")
         save(network, backbone)
+        kind = "binary" if len(given.classes) == 2 else "multiclass"
         predictor = MultiModalPredictor(
-            label="label", problem_type="multiclass", eval_metric="accuracy", path=str(Path(folder, "model"))
+            label="label", problem_type=kind, eval_metric="accuracy", path=str(Path(folder, "model"))
         )
         left = args.time - curve.clock.now()
         predictor.fit(
@@ -85,7 +86,8 @@ def table(given: handed.Handed, part: str) -> Any:
 def right(predictor: Any, given: handed.Handed, part: str) -> list[bool]:
     """Which images of a part are answered right, in the split's order."""
     rows = table(given, part)
-    return [bool(one) for one in predictor.predict(rows.drop(columns="label"), as_pandas=False) == rows["label"]]
+    answers = predictor.predict(rows.drop(columns="label"), as_pandas=False)
+    return [bool(one) for one in answers == rows["label"].to_numpy()]
 
 
 def parse() -> argparse.Namespace:

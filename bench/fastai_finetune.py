@@ -126,9 +126,7 @@ def loaders(network: handed.Network, given: handed.Handed) -> Any:
 def assemble(network: handed.Network, classes: int) -> tuple[nn.Module, Any]:
     """What `vision_learner` builds, but with our weights: body, fastai's head, and how they are split."""
     if network.library == "timm":
-        model, _ = fastai.create_timm_model(
-            network.arch, classes, pretrained=False, **network.kwargs
-        )
+        model, _ = fastai.create_timm_model(network.arch, classes, pretrained=False, **network.kwargs)
         model[0].model = handed.build(network)
         return model, fastai.default_split
     import torchvision

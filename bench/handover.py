@@ -1,4 +1,4 @@
-"""What the contenders of `anytime.py` get: one dataset with its split, and the backbones a search would screen.
+"""What the contenders of `anytime.py` get: a dataset with its split, and the backbones of a search.
 
     python bench/handover.py --data DIR --out FOLDER --export --weights-dir DIR
 
@@ -17,7 +17,7 @@ import json
 import random
 import sys
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def few(dataset: Dataset, count: int) -> list[Item]:
         by_class[item.target].append(item)
     least = min(len(items) for items in by_class.values())
     if not 4 <= count <= least:
-        sys.exit(f"error: {count} images a class: the smallest class of {dataset.root} has {least}; 4 is least")
+        sys.exit(f"error: {count} images a class of {dataset.root}: give 4 to {least}, its smallest class")
     draw = random.Random(0)
     return [item for target in sorted(by_class, key=str) for item in draw.sample(by_class[target], count)]
 
@@ -92,7 +92,8 @@ def screened(args: argparse.Namespace, options: WeightsOptions) -> list[str]:
     found = check_backbones(job, registry(), note=lambda text: print(text, file=sys.stderr))
     if not found.candidates:
         sys.exit("error: no backbone has weights at hand; give --weights-dir DIR or --no-pretrained")
-    return [info.id for info in order(candidate.info for candidate in found.candidates)]
+    ids = [info.id for info in order(candidate.info for candidate in found.candidates)]
+    return ids[: args.most or None]
 
 
 def exported(
@@ -153,6 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("--export", action="store_true", help="write networks too")
     parser.add_argument("--backbones", type=lambda text: text.split(","), metavar="GLOB[,GLOB]")
+    parser.add_argument("--most", type=int, default=0, metavar="N", help="only the first backbones")
     parser.add_argument("--preset", choices=list(PRESETS), default="balanced")
     parser.add_argument("--weights-dir", metavar="DIR")
     parser.add_argument("--offline", action="store_true", help="download nothing")

@@ -33,10 +33,10 @@ class Run:
     peak_mib: float | None
 
 
-def measured(command: Sequence[str], folder: str, env: Mapping[str, str]) -> Run:
+def measured(command: Sequence[str], folder: str, env: Mapping[str, str], *, echo: bool = True) -> Run:
     """Run a program to its end in a folder; `env` is added to ours, with BENCH_STARTED.
 
-    Ends this process with a sentence when the program fails.
+    With `echo`, what it prints is passed on as it comes, but for the last line. Ends this process with a sentence when the program fails.
     """
     print(f"$ {' '.join(command[1:])}", file=sys.stderr, flush=True)
     started = time.time()
@@ -46,7 +46,11 @@ def measured(command: Sequence[str], folder: str, env: Mapping[str, str]) -> Run
     watch = _Memory(program.pid)
     watch.start()
     assert program.stdout is not None
-    output = program.stdout.read()
+    lines: list[str] = []
+    for line in program.stdout:
+        if echo and lines:
+            print(lines[-1], end="", file=sys.stderr, flush=True)
+        lines.append(line)
     _, status, used = os.wait4(program.pid, 0)
     wall = time.time() - started
     program.returncode = os.waitstatus_to_exitcode(status)
@@ -54,7 +58,7 @@ def measured(command: Sequence[str], folder: str, env: Mapping[str, str]) -> Run
     watch.stop()
     if program.returncode:
         sys.exit(f"error: '{' '.join(command[1:4])} …' ended with {program.returncode}")
-    return Run(output, started, wall, used.ru_utime + used.ru_stime, watch.peak_mib)
+    return Run("".join(lines), started, wall, used.ru_utime + used.ru_stime, watch.peak_mib)
 
 
 class _Memory(threading.Thread):

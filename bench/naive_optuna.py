@@ -43,7 +43,7 @@ class Photos(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     """Files and classes of parts of a dataset, decoded when asked for."""
 
     def __init__(self, dataset: Dataset, part: str, read: Callable[[str], torch.Tensor]) -> None:
-        self.rows = [(str(dataset.file(item)), int(item.target)) for item in dataset.part(part)]
+        self.rows = [(str(dataset.file(item)), int(str(item.target))) for item in dataset.part(part)]
         self.read = read
 
     def __len__(self) -> int:
@@ -112,6 +112,7 @@ def run(trial: optuna.Trial, args: argparse.Namespace, dataset: Dataset, curve: 
         trial.report(score, epoch)
         if trial.should_prune():
             raise optuna.TrialPruned
+    assert kept is not None  # there is at least one epoch
     backbone.module.load_state_dict(kept[0])
     head.load_state_dict(kept[1])
     in_time = curve.clock.now() <= args.time

@@ -8,8 +8,8 @@ and LogisticRegression with C by cross-validation over all images outside the te
 part once. The best backbone is chosen by cross-validation, never by the test part. Only two things
 are tlauto's: the split, so that both are measured on the same images, and finding and loading weights.
 The last line of standard output is one JSON object; in it, `curve` is a list of seconds (imports included,
-tests not), cross-validated and test accuracy of each new best, and `whole_s` the seconds of the whole run with
-one test, that of the best backbone.
+tests not), cross-validated and test accuracy of each new best, and `whole_s` the seconds of the whole run
+with one test, that of the best backbone.
 """
 
 from __future__ import annotations
