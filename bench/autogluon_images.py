@@ -43,12 +43,9 @@ def main() -> None:
     args = parse()
     curve = Curve(Clock())
     given = handed.read(args.handed)
-    network = next((one for one in given.networks if one.library == "timm" and not one.kwargs), None)
-    if network is None:
-        sys.exit(f"error: {args.handed} has no network that AutoGluon can be given; it needs one of timm")
     with tempfile.TemporaryDirectory() as folder:
         backbone = Path(folder, "backbone")
-        save(network, backbone)
+        network = choose(given, backbone)
         kind = "binary" if len(given.classes) == 2 else "multiclass"
         predictor = MultiModalPredictor(
             label="label", problem_type=kind, eval_metric="accuracy", path=str(Path(folder, "model"))
@@ -66,10 +63,24 @@ def main() -> None:
     print(json.dumps({"backbone": network.id, "time": args.time, **curve.facts()}))
 
 
+def choose(given: handed.Handed, folder: Path) -> handed.Network:
+    """The first network that AutoGluon can be given and its timm, an older one, has; saved in a folder."""
+    for network in given.networks:
+        if network.library != "timm" or network.kwargs:
+            continue
+        try:
+            save(network, folder)
+        except (RuntimeError, ValueError) as error:
+            print(f"{network.id} is left out: {error}", flush=True)
+            continue
+        return network
+    sys.exit("error: no network was handed over that AutoGluon can be given; it needs one of timm")
+
+
 def save(network: handed.Network, folder: Path) -> None:
     """The folder that AutoGluon reads a backbone from: timm's configuration and weights."""
-    folder.mkdir()
     model: Any = handed.build(network)
+    folder.mkdir()
     side = [3, network.size, network.size]
     config = {**model.default_cfg, "input_size": side, "mean": network.mean, "std": network.std}
     facts = {"architecture": network.arch, "num_features": model.num_features, "pretrained_cfg": config}

@@ -36,7 +36,8 @@ class Run:
 def measured(command: Sequence[str], folder: str, env: Mapping[str, str], *, echo: bool = True) -> Run:
     """Run a program to its end in a folder; `env` is added to ours, with BENCH_STARTED.
 
-    With `echo`, what it prints is passed on as it comes, but for the last line. Ends this process with a sentence when the program fails.
+    With `echo`, what it prints is passed on as it comes, but for the last line. Ends this process with
+    a sentence when the program fails.
     """
     print(f"$ {' '.join(command[1:])}", file=sys.stderr, flush=True)
     started = time.time()
