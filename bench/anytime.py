@@ -72,25 +72,24 @@ def main() -> None:
 
 
 def measure(data: str, seed: int, args: argparse.Namespace, skipped: dict[str, str]) -> Row:
-    """All contenders on one dataset with one seed; those not asked for only where kept."""
+    """All contenders on one dataset with one seed; those that do not run, only where kept."""
+    running = set(args.only) - set(skipped)
     with TemporaryDirectory() as folder:
-        setting = hand_over(data, seed, args, folder)
+        setting = hand_over(data, seed, args, folder, export=bool(running & set(ELSEWHERE)))
         results = {}
         for name, contender, budget in plan(args):
-            if contender in skipped:
-                continue
-            runs = contender in args.only
-            found = kept_or_run(contender, setting, budget, args.keep, runs=runs)
+            found = kept_or_run(contender, setting, budget, args.keep, runs=contender in running)
             if found is not None:
                 results[name] = found
     return Row(setting.name, seed, setting.facts["tested"], results)
 
 
-def hand_over(data: str, seed: int, args: argparse.Namespace, folder: str) -> Setting:
+def hand_over(data: str, seed: int, args: argparse.Namespace, folder: str, *, export: bool) -> Setting:
     """The split, and the backbones with their weights, which no contender's clock counts."""
     command = [sys.executable, str(BENCH / "handover.py"), "--data", data, "--seed", str(seed), "--offline"]
     command += ["--out", folder, "--most", str(args.most)]
-    command += ["--export"] if set(ELSEWHERE) & set(args.only) else []
+    command += ["--export"] if export else []
+    command += ["--preset", args.preset] if args.preset else []
     command += ["--backbones", args.backbones] if args.backbones else []
     command += ["--weights-dir", args.weights_dir] if args.weights_dir else []
     command += [] if args.pretrained else ["--no-pretrained"]
@@ -98,11 +97,11 @@ def hand_over(data: str, seed: int, args: argparse.Namespace, folder: str) -> Se
         sys.exit(f"error: {data} could not be handed over (exit code {code})")
     file = Path(folder, "handed.json")
     facts = json.loads(file.read_text(encoding="utf-8"))
-    named = ("--backbones", ",".join(facts["backbones"])) if args.backbones or args.most else ()
+    extra = list(args.extra) + (["--preset", args.preset] if args.preset else [])
+    extra += ["--backbones", ",".join(facts["backbones"])] if args.backbones or args.most else []
     return Setting(
-        Path(data).name, seed, facts, str(file), args.weights_dir, args.pretrained,
-        (*args.extra, *named), args.python,
-    )  # fmt: skip
+        Path(data).name, seed, facts, str(file), args.weights_dir, args.pretrained, tuple(extra), args.python
+    )
 
 
 def plan(args: argparse.Namespace) -> list[tuple[str, str, float]]:
@@ -193,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH",
                         help="interpreter of fastai or autogluon")  # fmt: skip
     parser.add_argument("--backbones", metavar="GLOB[,GLOB]", help="backbones of all contenders")
+    parser.add_argument("--preset", metavar="NAME", help="of the search")
     parser.add_argument("--quick", action="store_true", help="under five minutes, to see it run")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights")
     parser.add_argument("--seed", type=int, action="append", help="may be repeated  [default: 0]")

@@ -19,6 +19,8 @@ CHUNK = 200  # resamples at once
 
 @dataclass(frozen=True)
 class Row:
+    """One dataset with one seed; see above."""
+
     data: str
     seed: int
     tested: str

@@ -219,13 +219,13 @@ def test_scripts_of_other_environments_run_without_tlauto(
     python = os.environ.get(f"{name.upper()}_PYTHON")
     if not python:
         pytest.skip(f"{name.upper()}_PYTHON names no interpreter of an environment with {name}")
-    make_patches(tmp_path / "patches")
+    make_patches(tmp_path / "patches", per_class=100)  # lr_find takes 100 batches, in epochs of few
     # AutoGluon's timm is too old for timm's tiny models.
     networks = f"timm:mobilenetv2_050,{TINY[1]}" if name == "autogluon" else TINY[1]
     options = ("--no-pretrained", "--backbones", networks, "--offline", "--export", "--out", ".")
     assert bench("handover.py", "--data", "patches", *options, cwd=tmp_path).returncode == 0
     file = contenders.ELSEWHERE[name][0]
-    done = bench(file, "--handed", "handed.json", "--time", "120", cwd=tmp_path, python=python)
+    done = bench(file, "--handed", "handed.json", "--time", "150", cwd=tmp_path, python=python)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     seconds, val, test = zip(*found["curve"], strict=True)
