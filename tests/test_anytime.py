@@ -30,7 +30,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 def bench(*args: str, cwd: Path, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     command = [python, str(BENCH / args[0]), *args[1:]]
-    env = environment(cwd)
+    env = {**contenders.torch_settings(), **environment(cwd)}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
 
 
@@ -225,7 +225,7 @@ def test_scripts_of_other_environments_run_without_tlauto(
     options = ("--no-pretrained", "--backbones", networks, "--offline", "--export", "--out", ".")
     assert bench("handover.py", "--data", "patches", *options, cwd=tmp_path).returncode == 0
     file = contenders.ELSEWHERE[name][0]
-    done = bench(file, "--handed", "handed.json", "--time", "150", cwd=tmp_path, python=python)
+    done = bench(file, "--handed", "handed.json", "--time", "300", cwd=tmp_path, python=python)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     seconds, val, test = zip(*found["curve"], strict=True)
