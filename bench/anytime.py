@@ -1,25 +1,38 @@
-"""How good a model each way has after so much time: a search, a scikit-learn script, a plain Optuna loop.
+"""How good a model each way has after so much time: tlauto's search and what people do without it.
 
-    python bench/anytime.py --data DIR --weights-dir DIR
+    python bench/anytime.py --data DIR --weights-dir DIR --keep FOLDER
     python bench/anytime.py --quick        # data and weights from TLAUTO_BENCH_DATA and TLAUTO_WEIGHTS
 
-On the same images, split, weights and machine, one after the other: `tlauto search --time 5m`,
-`probe_script.py` on every backbone that the search knew of, and `naive_optuna.py` for 15 minutes. All
-scores are test accuracies, measured after the fact: none of the three sees them. A search's model at a
-time is the best trial that had ended; at its end, what it bundles. The script's is the best by
-cross-validation of the backbones it had come to, the loop's its best trial by validation.
+On the same images, split, weights and machine, one after the other: `tlauto search` with a budget of 5
+minutes and one of 15 (`--time`, `--long-time`), `probe_script.py` on every backbone that the search
+screens, `naive_optuna.py` with TPE (`loop`) and with random trials (`random`), `fastai_finetune.py`, and
+`autogluon_images.py`, once a budget. The last two need an environment of their own, whose interpreter
+`--python NAME=PATH` or FASTAI_PYTHON and AUTOGLUON_PYTHON name; without it they are skipped.
 
---quick gives the search 60 seconds and the loop 120. Options that this script does not know
-(`--preset best`) go to `tlauto search`. --data may be given several times; without it,
-the datasets of images with classes in the folder TLAUTO_BENCH_DATA. The last line of standard output is
-one JSON object:
+All scores are test accuracies, measured after the fact or with the clock stopped: nobody sees them.
+Seconds count from the start of the process, imports included. Of a search, the model at a time is the
+best trial that had ended by then, and at its end what it bundles; of the others, the best by validation.
+`cpu s` is user and system time of all processes of a contender, `MiB` the largest sum of their memory.
+
+A dataset takes about 80 minutes. With `--keep FOLDER` each finished result is stored and read again when
+the same is asked for on as many cores, so the bench can be stopped, and done in parts with `--only`.
+Datasets are `--data DIR`, as often as wanted, or those of images with classes in the folder
+TLAUTO_BENCH_DATA; `DIR:20` is a dataset of only 20 images a class to learn from, the same ones every
+time, and the whole test part. `--seed` may be repeated. Options that this script does not know go to
+`tlauto search`. `--quick` takes the first dataset, the first two backbones and one minute each.
+
+The last line of standard output is one JSON object; a figure for which a contender lacks is null:
 
     score_gain_5min             mean over datasets of ours less the best alternative's, at the end of
-                                the search's time, in points
+                                the shorter search, in points; _low and _high are its 95 % interval by a
+                                stratified paired bootstrap over test images. The best alternative of a
+                                dataset is the one with the best test score at that time
+    score_gain_15min            the same for the longer search
     time_to_naive_score_ratio   seconds of the loop to its final score over ours to that score, second
                                 best of the datasets; null where we never reach it
-    time_to_script_ratio        our seconds to the script's score over those of its whole run, worst of
-                                the datasets; null where we never reach it
+    time_to_script_ratio        our seconds to the script's score over those of its whole run with one
+                                test, worst of the datasets; null where we never reach it
+    losses                      where an alternative was at least as good as we were
 """
 
 from __future__ import annotations
@@ -27,177 +40,197 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from probe_script import cores
-from search_vs_probe import checked, tlauto
+from contenders import BENCH, BUDGETED, CONTENDERS, ELSEWHERE, Setting, commit, kept_or_run, missing
+from curve import cores
+from figures import Gain, Row, gain, mean_gain, naive_ratio, score_at, script_ratio
 
-DATASETS = ("hymenoptera", "signdigits", "trashnet")
-Curve = list[tuple[float, float]]
-"""Seconds and the test accuracy of what there was from then on."""
+DATASETS = ("hymenoptera", "signdigits", "trashnet", "trashnet:20")
+QUICK = ("tlauto", "script", "loop", "random")
 
 
 def main() -> None:
     args = parse()
-    rows = [measure(data, args) for data in args.data]
-    print(f"{'data':<14}{'':<8}" + "".join(f"{f'{at:.0f} s':>9}" for at in marks(args)) + f"{'end':>16}")
+    skipped = {name: why for name in args.only if (why := missing(name, args.python))}
+    for name, why in skipped.items():
+        print(f"{name:<15} skipped: {why}", flush=True)
+    rows = [measure(data, seed, args, skipped) for data in args.data for seed in args.seed]
+    show(rows, args)
+    gains = {name: [gain(row, name, at) for row in rows] for name, at in searches(args)}
+    lost = [loss(one) for found in gains.values() for one in found if one and one.ours <= one.theirs]
+    for line in lost:
+        print(f"no better       {line}")
+    print(json.dumps({**figures(rows, gains), "losses": lost, "skipped": skipped, "cores": cores(),
+                      "commit": commit(), "rows": [plain(row) for row in rows]}))  # fmt: skip
+
+
+def measure(data: str, seed: int, args: argparse.Namespace, skipped: dict[str, str]) -> Row:
+    """All contenders on one dataset with one seed; those that do not run, only where kept."""
+    running = set(args.only) - set(skipped)
+    with TemporaryDirectory() as folder:
+        setting = hand_over(data, seed, args, folder, export=bool(running & set(ELSEWHERE)))
+        results = {}
+        for name, contender, budget in plan(args):
+            found = kept_or_run(contender, setting, budget, args.keep, runs=contender in running)
+            if found is not None:
+                results[name] = found
+    return Row(setting.name, seed, setting.facts["tested"], results)
+
+
+def hand_over(data: str, seed: int, args: argparse.Namespace, folder: str, *, export: bool) -> Setting:
+    """The split, and the backbones with their weights, which no contender's clock counts."""
+    command = [sys.executable, str(BENCH / "handover.py"), "--data", data, "--seed", str(seed), "--offline"]
+    command += ["--out", folder, "--most", str(args.most)]
+    command += ["--export"] if export else []
+    command += ["--preset", args.preset] if args.preset else []
+    command += ["--backbones", args.backbones] if args.backbones else []
+    command += ["--weights-dir", args.weights_dir] if args.weights_dir else []
+    command += [] if args.pretrained else ["--no-pretrained"]
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(f"error: {data} could not be handed over (exit code {code})")
+    file = Path(folder, "handed.json")
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    extra = list(args.extra) + (["--preset", args.preset] if args.preset else [])
+    extra += ["--backbones", ",".join(facts["backbones"])] if args.backbones or args.most else []
+    return Setting(
+        Path(data).name, seed, facts, str(file), args.weights_dir, args.pretrained, tuple(extra), args.python
+    )
+
+
+def plan(args: argparse.Namespace) -> list[tuple[str, str, float]]:
+    """Name in the table, contender and budget of each run."""
+    longest = args.long_time or args.time
+    runs = []
+    for contender in CONTENDERS:
+        if contender not in BUDGETED:
+            runs.append((contender, contender, longest))
+            continue
+        runs.append((contender, contender, args.time))
+        if args.long_time:
+            runs.append((f"{contender} long", contender, args.long_time))
+    return runs
+
+
+def searches(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Names and budgets of tlauto's runs."""
+    return [(name, budget) for name, contender, budget in plan(args) if contender == "tlauto"]
+
+
+def figures(rows: Sequence[Row], gains: dict[str, list[Gain | None]]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name, figure in (("tlauto", "score_gain_5min"), ("tlauto long", "score_gain_15min")):
+        mean = mean_gain(gains.get(name, [None]))
+        found |= {figure: mean["value"], f"{figure}_low": mean["low"], f"{figure}_high": mean["high"]}
+    found["time_to_naive_score_ratio"] = naive_ratio(rows)
+    found["time_to_script_ratio"] = script_ratio(rows)
+    return found
+
+
+# --- what is shown ----------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Test accuracy by time, at the end, and what it took."""
+    marks = sorted({30.0, 60.0, 120.0, args.time, args.long_time or args.time})
+    heads = "".join(f"{f'{at:.0f} s':>8}" for at in marks)
+    print(f"{'data':<15} {'seed':>4}  {'':<15}{heads}{'end':>8}{'end s':>7}{'cpu s':>7}{'MiB':>7}")
     for row in rows:
-        for name in ("tlauto", "script", "loop"):
-            curve = row[name]
-            shown = "".join(f"{cell(at_time(curve, mark)):>9}" for mark in marks(args))
-            print(f"{row['data']:<14}{name:<8}{shown}{cell(curve[-1][1]):>8} {curve[-1][0]:5.0f} s")
-    print(json.dumps({**figures(rows, args), "cores": cores(), "datasets": rows}))
-
-
-def marks(args: argparse.Namespace) -> list[float]:
-    """Times that the table shows."""
-    return sorted({30.0, 60.0, 120.0, args.time, args.loop_time})
+        for name, result in row.results.items():
+            shown = "".join(f"{cell(score_at(result, mark)):>8}" for mark in marks)
+            at, _, end = result.rows[-1] if result.rows else (None, None, None)
+            seconds = "-" if at is None else f"{at:.0f}"
+            memory = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
+            took = f"{seconds:>7}{result.cpu_s:>7.0f}{memory:>7}"
+            print(f"{row.data:<15} {row.seed:>4}  {name:<15}{shown}{cell(end):>8}{took}")
 
 
 def cell(score: float | None) -> str:
     return "-" if score is None else f"{score:.3f}"
 
 
-def measure(data: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The three curves on one dataset."""
-    common = ["--data", str(Path(data).resolve()), "--seed", str(args.seed), "--offline"]
-    common += ["--weights-dir", str(Path(args.weights_dir).resolve())] if args.weights_dir else []
-    common += ["--allow-leaks"] + ([] if args.pretrained else ["--no-pretrained"])
-    with tempfile.TemporaryDirectory() as folder:
-        ours, backbones = search(common, args, folder)
-    chosen = [part for backbone in backbones for part in ("--backbone", backbone)]
-    with tempfile.TemporaryDirectory() as folder:
-        script = probe([*common, *chosen], folder)
-        loop = naive([*common, *chosen, "--time", str(args.loop_time)], folder)
-    return {"data": Path(data).name, "tlauto": ours, "script": script, "loop": loop}
+def loss(one: Gain) -> str:
+    where = f"{one.row.data}, seed {one.row.seed}, {one.at:.0f} s"
+    return f"{where}: {one.ours:.3f}, {one.other} {one.theirs:.3f}"
 
 
-def search(common: Sequence[str], args: argparse.Namespace, folder: str) -> tuple[Curve, list[str]]:
-    """The curve of a search and the backbones it screened, with the files of their weights."""
-    before = time.time()
-    command = [sys.executable, "-m", "tlauto", "search", *common, "--time", f"{args.time:.0f}s", "--json"]
-    command += args.extra
-    found = json.loads(checked(command, folder))
-    seconds = time.time() - before
-    files = json.loads(tlauto(["show", "--json"], folder))["settings"]["weights"]
-    backbones = [f"{id}={files[id]}" if id in files else id for id in found["backbones"]]
-    curve = [(at - before, score) for at, score in best_so_far(Path(folder, "tlauto-runs"), found["study"])]
-    return [*curve, (seconds, float(found["test"]["accuracy"]["value"]))], backbones
+def plain(row: Row) -> dict[str, Any]:
+    """A row for JSON, without the answers to single images."""
+    results = {}
+    for name, result in row.results.items():
+        facts = asdict(result)
+        del facts["right"]
+        results[name] = facts
+    return {"data": row.data, "seed": row.seed, "results": results}
 
 
-def best_so_far(runs: Path, name: str) -> Curve:
-    """When (seconds since the epoch) each new best trial ended, and its test accuracy."""
-    import numpy as np
-    import optuna
-
-    from tlauto.contracts import spec_from_json
-    from tlauto.data import Dataset
-    from tlauto.plugins import registry
-    from tlauto.store import Store
-    from tlauto.training.model import restore
-    from tlauto.training.predictor import Predictor
-    from tlauto.training.tasks import find_task
-
-    storage = optuna.storages.RDBStorage(f"sqlite:///{runs / 'tlauto.db'}")
-    ended = [t for t in optuna.load_study(study_name=name, storage=storage).trials if t.value is not None]
-    rows = Store(f"sqlite:///{runs / 'tlauto.db'}").trials(name)
-    dataset = Dataset.from_json((runs / name / "dataset.json").read_text(encoding="utf-8"))
-    test = dataset.part("test")
-    targets = np.array([item.target for item in test])
-    curve, best = [], -float("inf")
-    for trial in sorted(ended, key=lambda t: t.datetime_complete or datetime.max):
-        checkpoint = runs / name / "trials" / str(trial.number) / "checkpoint.safetensors"
-        if (trial.value or 0.0) <= best or not checkpoint.is_file():
-            continue
-        best = trial.value or 0.0
-        spec = spec_from_json(rows[trial.number]["spec"])
-        classifier = restore(spec, registry(), dataset, checkpoint, "cpu")
-        answers = Predictor(classifier, classifier.source.input, find_task(spec.task), dataset.classes)
-        found = answers.predict_files([dataset.file(item) for item in test]).argmax(axis=1)
-        assert trial.datetime_complete is not None
-        curve.append((trial.datetime_complete.timestamp(), float((found == targets).mean())))
-    return curve
-
-
-def probe(options: Sequence[str], folder: str) -> Curve:
-    """The curve of the script: after each backbone, the best by cross-validation so far."""
-    before = time.perf_counter()
-    command = [sys.executable, str(Path(__file__).with_name("probe_script.py")), *options]
-    found = json.loads(checked(command, folder).splitlines()[-1])
-    seconds = time.perf_counter() - before
-    spent = seconds - sum(entry["seconds"] for entry in found["backbones"])  # what came before the first
-    curve: Curve = []
-    best: dict[str, Any] = {"cv": -1.0}
-    for entry in found["backbones"]:
-        spent += entry["seconds"]
-        best = max(best, entry, key=lambda one: float(one["cv"]))
-        curve.append((spent, best["test"]["accuracy"]["value"]))
-    return curve
-
-
-def naive(options: Sequence[str], folder: str) -> Curve:
-    """The curve of the Optuna loop."""
-    command = [sys.executable, str(Path(__file__).with_name("naive_optuna.py")), *options]
-    curve = json.loads(checked(command, folder).splitlines()[-1])["curve"]
-    return [(seconds, test) for seconds, _, test in curve] or [(0.0, 0.0)]
-
-
-def at_time(curve: Curve, seconds: float) -> float | None:
-    """The score there was at a time; None before the first."""
-    return next((score for at, score in reversed(curve) if at <= seconds), None)
-
-
-def first_time(curve: Curve, score: float) -> float | None:
-    """When a score was first reached."""
-    return next((at for at, found in curve if found >= score), None)
-
-
-def figures(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, float | None]:
-    gains, speedups, shares = [], [], []
-    for row in rows:
-        others = [at_time(row[name], args.time) or 0.0 for name in ("script", "loop")]
-        gains.append(100 * (row["tlauto"][-1][1] - max(others)))
-        loop, script = row["loop"][-1], row["script"][-1]
-        there = first_time(row["tlauto"], loop[1])
-        reached = first_time(row["loop"], loop[1]) or loop[0]
-        speedups.append(0.0 if there is None else reached / there)
-        there = first_time(row["tlauto"], script[1])
-        shares.append(None if there is None else there / script[0])
-    second = sorted(speedups, reverse=True)[min(1, len(speedups) - 1)]
-    known = [share for share in shares if share is not None]
-    return {
-        "score_gain_5min": statistics.mean(gains),
-        "time_to_naive_score_ratio": second or None,
-        "time_to_script_ratio": max(known) if len(known) == len(shares) else None,
-    }
+# --- options ----------------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data", action="append", metavar="DIR", help="a dataset; may be repeated")
+    parser.add_argument("--data", action="append", metavar="DIR[:N]", help="a dataset; may be repeated")
     parser.add_argument("--weights-dir", default=os.environ.get("TLAUTO_WEIGHTS"), metavar="DIR")
-    parser.add_argument("--time", type=float, default=300.0, help="seconds of the search")
-    parser.add_argument("--loop-time", type=float, default=900.0, help="seconds of the Optuna loop")
-    parser.add_argument("--quick", action="store_true", help="60 and 120 seconds")
+    parser.add_argument("--time", type=float, default=300.0, help="seconds of the shorter budget")
+    parser.add_argument("--long-time", type=float, default=900.0, help="of the longer; 0 leaves it out")
+    parser.add_argument(
+        "--only",
+        type=_names,
+        default=list(CONTENDERS),
+        metavar="NAME[,NAME]",
+        help=f"run only these, and show the others where kept: {', '.join(CONTENDERS)}",
+    )
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="store results, and use them again")
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH",
+                        help="interpreter of fastai or autogluon")  # fmt: skip
+    parser.add_argument("--backbones", metavar="GLOB[,GLOB]", help="backbones of all contenders")
+    parser.add_argument("--preset", metavar="NAME", help="of the search")
+    parser.add_argument("--quick", action="store_true", help="under five minutes, to see it run")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights")
-    parser.add_argument("--seed", type=int, default=0)
-    args, args.extra = parser.parse_known_args()
+    parser.add_argument("--seed", type=int, action="append", help="may be repeated  [default: 0]")
+    args, extra = parser.parse_known_args()
+    args.extra = extra
+    args.data, args.seed = args.data or _default_data(parser), args.seed or [0]
+    args.weights_dir = args.weights_dir and str(Path(args.weights_dir).resolve())
+    args.python, args.most = _pythons(parser, args.python), 0
     if args.quick:
-        args.time, args.loop_time = 60.0, 120.0
-    folder = os.environ.get("TLAUTO_BENCH_DATA")
-    if not args.data and not folder:
-        parser.error("name a dataset with --data, or a folder of datasets with TLAUTO_BENCH_DATA")
-    args.data = args.data or [str(Path(folder or "", name)) for name in DATASETS]
+        args.time, args.long_time, args.most = 60.0, 0.0, 2
+        args.data, args.only = args.data[:1], [name for name in args.only if name in QUICK]
     return args
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in CONTENDERS:
+            raise argparse.ArgumentTypeError(f"no contender '{name}'; there are {', '.join(CONTENDERS)}")
+    return names
+
+
+def _pythons(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:
+    found = {name: os.environ.get(f"{name.upper()}_PYTHON", "") for name in ELSEWHERE}
+    for text in given:
+        name, _, path = text.partition("=")
+        if name not in ELSEWHERE or not path:
+            parser.error(f"--python '{text}' is not NAME=PATH with {' or '.join(ELSEWHERE)}")
+        found[name] = path
+    # Not resolved: an environment's interpreter is a link, and knows its environment by where that lies.
+    return {name: os.path.abspath(path) for name, path in found.items() if path}
+
+
+def _default_data(parser: argparse.ArgumentParser) -> list[str]:
+    folder = os.environ.get("TLAUTO_BENCH_DATA")
+    if not folder:
+        parser.error("name a dataset with --data, or a folder of datasets with TLAUTO_BENCH_DATA")
+    return [str(Path(folder, name)) for name in DATASETS]
 
 
 if __name__ == "__main__":

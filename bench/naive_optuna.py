@@ -6,9 +6,10 @@
 Each trial takes a backbone, trains its new last layer or all of it for five epochs with AdamW, decoding
 and augmenting every image in every epoch, and is pruned below the median. Whenever a trial is the best
 by validation, its model is tested, with the clock stopped: that is the score the loop had to offer at
-that time. Only two things are tlauto's: the split, so that both are measured on the same images, and
-loading the networks. The last line of standard output is one JSON object: the backbones, the number of
-trials, and `curve`, a list of seconds, validation and test accuracy of each new best.
+that time. `--sampler random` draws trials at random instead of by TPE. Only two things are tlauto's: the
+split, so that both are measured on the same images, and loading the networks. The last line of standard
+output is one JSON object: the backbones, the number of trials, and `curve`, a list of seconds (imports
+included, tests not), validation and test accuracy of each new best.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import argparse
 import copy
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 import torch
-from probe_script import cores, open_image, transform
+from curve import Clock, Curve, cores
+from probe_script import open_image, transform
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -36,31 +36,14 @@ from tlauto.plugins import registry
 
 EPOCHS = 5
 BATCH = 32
-
-
-@dataclass
-class Clock:
-    """Seconds since the start, without those in which it stood still."""
-
-    started: float = field(default_factory=time.perf_counter)
-    stood: float = 0.0
-
-    def now(self) -> float:
-        return time.perf_counter() - self.started - self.stood
-
-    def stand(self, work: Callable[[], float]) -> float:
-        """What some work returns, its seconds not counted."""
-        before = time.perf_counter()
-        result = work()
-        self.stood += time.perf_counter() - before
-        return result
+SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 
 
 class Photos(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     """Files and classes of parts of a dataset, decoded when asked for."""
 
     def __init__(self, dataset: Dataset, part: str, read: Callable[[str], torch.Tensor]) -> None:
-        self.rows = [(str(dataset.file(item)), int(item.target)) for item in dataset.part(part)]
+        self.rows = [(str(dataset.file(item)), int(str(item.target))) for item in dataset.part(part)]
         self.read = read
 
     def __len__(self) -> int:
@@ -73,30 +56,29 @@ class Photos(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
 
 def main() -> None:
     args = parse()
+    clock = Clock()
+    curve = Curve(clock)
     dataset, _ = load_dataset(args.data, seed=args.seed, allow_leaks=args.allow_leaks)
     if dataset.task != "multiclass":
         sys.exit(f"error: {args.data} is for {dataset.task}; this script does classes only")
-    clock, curve = Clock(), []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=args.seed)
+    sampler = SAMPLERS[args.sampler](seed=args.seed)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner())
 
     def objective(trial: optuna.Trial) -> float:
-        return run(trial, args, dataset, clock, curve)
+        return run(trial, args, dataset, curve)
 
     while clock.now() < args.time:
         study.optimize(objective, n_trials=1)
     facts = {"backbones": [spec.partition("=")[0] for spec in args.backbones], "trials": len(study.trials)}
-    print(json.dumps({**facts, "time": args.time, "cores": cores(), "curve": curve}))
+    print(json.dumps({**facts, "time": args.time, "cores": cores(), **curve.facts()}))
 
 
 class OutOfTime(optuna.TrialPruned):
     """The time was up during a trial."""
 
 
-def run(
-    trial: optuna.Trial, args: argparse.Namespace, dataset: Dataset, clock: Clock, curve: list[list[float]]
-) -> float:
+def run(trial: optuna.Trial, args: argparse.Namespace, dataset: Dataset, curve: Curve) -> float:
     """One trial: its best validation accuracy."""
     spec = trial.suggest_categorical("backbone", args.backbones)
     tunes = trial.suggest_categorical("train", ["last layer", "all"]) == "all"
@@ -121,21 +103,22 @@ def run(
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
-            if clock.now() > args.time:
+            if curve.clock.now() > args.time:
                 raise OutOfTime
-        score = accuracy(backbone, head, loaders["val"], device)
+        answers = right(backbone, head, loaders["val"], device)
+        score = sum(answers) / len(answers)
         if score > best or kept is None:
             best, kept = score, copy.deepcopy((backbone.module.state_dict(), head.state_dict()))
         trial.report(score, epoch)
         if trial.should_prune():
             raise optuna.TrialPruned
-    seconds = clock.now()
-    if seconds <= args.time and (not curve or best > curve[-1][1]):
-        backbone.module.load_state_dict(kept[0])
-        head.load_state_dict(kept[1])
-        test = clock.stand(lambda: accuracy(backbone, head, loaders["test"], device))
-        curve.append([round(seconds, 1), best, test])
-        print(f"{seconds:7.0f} s  val {best:.3f}  test {test:.3f}  {id}, {trial.params['train']}", flush=True)
+    assert kept is not None  # there is at least one epoch
+    backbone.module.load_state_dict(kept[0])
+    head.load_state_dict(kept[1])
+    in_time = curve.clock.now() <= args.time
+    if in_time and curve.offer(best, lambda: right(backbone, head, loaders["test"], device)):
+        seconds, val, test = curve.rows[-1]
+        print(f"{seconds:7.0f} s  val {val:.3f}  test {test:.3f}  {id}, {trial.params['train']}", flush=True)
     return best
 
 
@@ -161,13 +144,14 @@ def batches(id: str, backbone: Backbone, dataset: Dataset) -> dict[str, Iterable
 
 
 @torch.inference_mode()
-def accuracy(backbone: Backbone, head: nn.Module, loader: Iterable[Any], device: str) -> float:
+def right(backbone: Backbone, head: nn.Module, loader: Iterable[Any], device: str) -> list[bool]:
+    """Which images of a loader are answered right, in order."""
     backbone.set_training(False)
-    right = total = 0
+    found: list[bool] = []
     for images, targets in loader:
         answers = head(backbone.pooled(images.to(device))).argmax(dim=1).cpu()
-        right, total = right + int((answers == targets).sum()), total + len(targets)
-    return right / total
+        found += (answers == targets).tolist()
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -175,6 +159,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--backbone", dest="backbones", action="append", required=True, metavar="ID[=FILE]")
     parser.add_argument("--time", type=float, default=900.0, help="seconds")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default="tpe")
     parser.add_argument("--weights-dir", metavar="DIR")
     parser.add_argument("--offline", action="store_true", help="download nothing")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights")

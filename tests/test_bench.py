@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anytime
 import augment
 import numpy as np
 import probe_script
@@ -199,24 +198,3 @@ def test_the_plain_loop_offers_its_best_models_over_time(
     assert list(seconds) == sorted(seconds) and seconds[-1] <= 12
     assert list(val) == sorted(set(val)), "each is better than the one before"
     assert all(0 <= score <= 1 for score in test)
-
-
-def test_three_ways_are_compared_over_time(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
-    make_patches(tmp_path / "patches")
-    options = ("--time", "15", "--loop-time", "10", "--no-pretrained", "--backbones", TINY[1])
-    done = script("anytime.py", "--data", "patches", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    (row,) = found["datasets"]
-    for name in ("tlauto", "script", "loop"):
-        seconds = [at for at, _ in row[name]]
-        assert seconds == sorted(seconds) and seconds[0] > 0
-    ours, others = row["tlauto"], [row["script"], row["loop"]]
-    best = max(anytime.at_time(curve, 15.0) or 0.0 for curve in others)
-    assert found["score_gain_5min"] == pytest.approx(100 * (ours[-1][1] - best))
-
-
-def test_scores_are_looked_up_by_time_and_times_by_score() -> None:
-    curve = [(5.0, 0.8), (9.0, 0.7), (20.0, 0.9)]
-    assert [anytime.at_time(curve, at) for at in (4.0, 5.0, 10.0, 99.0)] == [None, 0.8, 0.7, 0.9]
-    assert [anytime.first_time(curve, score) for score in (0.75, 0.85, 0.95)] == [5.0, 20.0, None]
