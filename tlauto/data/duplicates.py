@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ MOST_IMAGES_TO_TURN = 20_000
 """Beyond this many images, turned and mirrored copies are not looked for (8 times the work)."""
 
 _COARSE = 8
+_TOGETHER = 512  # images, or pairs, whose looks are compared at a time
 
 
 def same_groups(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -56,28 +56,38 @@ def joined(size: int, groups: Iterable[Sequence[int]]) -> list[int]:
     return [find(index) for index in range(size)]
 
 
-def near_pairs(looks: Sequence[str], *, turned: bool = False) -> list[tuple[int, int]]:
-    """Pairs (i < j) of images that show the same picture.
+def near_pairs(
+    looks: Array, among: Sequence[int] | None = None, *, turned: bool = False
+) -> list[tuple[int, int]]:
+    """Pairs of images that show the same picture.
 
     Found are copies that were scaled, recompressed or uniformly lightened and darkened; with
     `turned`, copies that were also rotated by quarter turns or mirrored, and only these. Images that
     are merely alike differ in fine detail, and plain images show nothing that could be the same.
+    Takes time with the square of the images (a multiplication by 64 numbers a pair), and of each 256
+    bytes besides its look.
 
     Args:
-        looks: `FileCheck.look` of each image.
+        looks: (N, 1072) uint8, `checks.check_files`' own; may be mapped.
+        among: the images to compare, all by default.
+
+    Returns: places (i < j) in `among`.
     """
-    if not looks:
-        return []
-    grey, tint = _unpack(looks)
-    usable = grey.std(axis=(1, 2)) >= _LEAST_CONTRAST
-    if not usable.any():
+    import numpy as np
+
+    rows = np.arange(len(looks)) if among is None else np.asarray(among, dtype=np.int64)
+    usable, coarse = _glances(looks, rows)
+    if not len(usable):
         return []
     pairs: set[tuple[int, int]] = set()
     for quarter_turns, mirrored in _turns() if turned else [(0, False)]:
-        turned_grey, turned_tint = (_turn(a, quarter_turns, mirrored) for a in (grey, tint))
-        for rows, columns in _candidates(grey, turned_grey, usable):
-            same = _is_same(grey[rows], turned_grey[columns], tint[rows], turned_tint[columns])
-            pairs.update(zip(rows[same].tolist(), columns[same].tolist(), strict=True))
+        first, second = _unit(coarse), _unit(_turn(coarse, quarter_turns, mirrored))
+        for one, other in _candidates(first, second):
+            places = usable[one], usable[other]
+            (grey, tint), (other_grey, other_tint) = (_unpack(looks[rows[place]]) for place in places)
+            turned_other = [_turn(look, quarter_turns, mirrored) for look in (other_grey, other_tint)]
+            same = _is_same(grey, turned_other[0], tint, turned_other[1])
+            pairs.update(zip(places[0][same].tolist(), places[1][same].tolist(), strict=True))
     return sorted(pairs)
 
 
@@ -85,13 +95,10 @@ def _turns() -> list[tuple[int, bool]]:
     return [(turns, mirrored) for mirrored in (False, True) for turns in range(4) if turns or mirrored]
 
 
-def _unpack(looks: Sequence[str]) -> tuple[Array, Array]:
+def _unpack(looks: Array) -> tuple[Array, Array]:
     """Grey (N, 32, 32) and tint (N, 4, 4, 3), both uint8."""
-    import numpy as np
-
-    packed = np.frombuffer(b"".join(map(base64.b64decode, looks)), np.uint8).reshape(len(looks), -1)
-    grey = packed[:, : LOOK_SIDE**2].reshape(-1, LOOK_SIDE, LOOK_SIDE)
-    return grey, packed[:, LOOK_SIDE**2 :].reshape(-1, TINT_SIDE, TINT_SIDE, 3)
+    grey = looks[:, : LOOK_SIDE**2].reshape(-1, LOOK_SIDE, LOOK_SIDE)
+    return grey, looks[:, LOOK_SIDE**2 :].reshape(-1, TINT_SIDE, TINT_SIDE, 3)
 
 
 def _turn(images: Array, quarter_turns: int, mirrored: bool) -> Array:
@@ -102,20 +109,31 @@ def _turn(images: Array, quarter_turns: int, mirrored: bool) -> Array:
     return result
 
 
-def _candidates(grey: Array, other: Array, usable: Array) -> Iterator[tuple[Array, Array]]:
-    """Batches of indices (i, j), i < j, whose coarse thumbnails correlate."""
+def _glances(looks: Array, rows: Array) -> tuple[Array, Array]:
+    """Places (M,) in `rows` of images that show something, and their thumbnails (M, 8, 8) float32."""
     import numpy as np
 
-    where = np.flatnonzero(usable)
-    first, second = (_unit(_blocks(a[where].astype(np.float32))) for a in (grey, other))
-    step = max(64, 4_000_000 // max(1, len(where)))
-    for start in range(0, len(where), step):
+    usable, coarse = [np.empty(0, np.int64)], [np.empty((0, _COARSE, _COARSE), np.float32)]
+    for start in range(0, len(rows), _TOGETHER):
+        grey, _ = _unpack(looks[rows[start : start + _TOGETHER]])
+        shows = grey.std(axis=(1, 2)) >= _LEAST_CONTRAST
+        usable.append(start + np.flatnonzero(shows))
+        coarse.append(_blocks(grey[shows].astype(np.float32)))
+    return np.concatenate(usable), np.concatenate(coarse)
+
+
+def _candidates(first: Array, second: Array) -> Iterator[tuple[Array, Array]]:
+    """Batches of places (i, j), i < j, in rows (M, 64) whose products say that they may be the same."""
+    import numpy as np
+
+    step = max(64, 2_000_000 // max(1, len(first)))
+    for start in range(0, len(first), step):
         alike = first[start : start + step] @ second[start:].T
         rows, columns = np.nonzero(alike >= _ALIKE_AT_FIRST_GLANCE)
         rows, columns = rows[rows < columns] + start, columns[rows < columns] + start
-        for batch in range(0, len(rows), 4096):
-            part = slice(batch, batch + 4096)
-            yield where[rows[part]], where[columns[part]]
+        for batch in range(0, len(rows), _TOGETHER):
+            part = slice(batch, batch + _TOGETHER)
+            yield rows[part], columns[part]
 
 
 def _is_same(first: Array, second: Array, first_tint: Array, second_tint: Array) -> Array:
