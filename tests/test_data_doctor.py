@@ -310,7 +310,7 @@ def test_joined_follows_chains() -> None:
 
 def test_no_and_one_image_have_no_pairs(tmp_path: Path) -> None:
     root = scenes(tmp_path, classes="a", per_class=1)
-    for files in ([], [root / "a/0.png"]):
+    for files in ([], [str(root / "a/0.png")]):
         _, looks = check_files(files)
         assert looks.shape == (len(files), LOOK_BYTES)
         assert near_pairs(looks) == near_pairs(looks, turned=True) == []

@@ -90,7 +90,7 @@ def check_file(file: Path) -> FileCheck:
 
 
 def check_files(
-    files: Sequence[Path],
+    files: Sequence[str],
     *,
     memory: Path | None = None,
     workers: int | None = None,
@@ -123,7 +123,7 @@ def check_files(
     return checks, looks
 
 
-def _checked(files: Sequence[Path], known: Memory, workers: int) -> Iterator[tuple[FileCheck, bool]]:
+def _checked(files: Sequence[str], known: Memory, workers: int) -> Iterator[tuple[FileCheck, bool]]:
     """The check of each file, in order, and whether the file was opened for it."""
     pool = ThreadPoolExecutor(workers)
     waiting: deque[tuple[Stamp, Future[FileCheck] | FileCheck]] = deque()
@@ -140,7 +140,7 @@ def _checked(files: Sequence[Path], known: Memory, workers: int) -> Iterator[tup
     try:
         for file in files:
             stamp = stamp_of(file)
-            waiting.append((stamp, _recalled(known, stamp) or pool.submit(check_file, file)))
+            waiting.append((stamp, _recalled(known, stamp) or pool.submit(check_file, Path(file))))
             if len(waiting) > AHEAD * workers:
                 yield first()
         while waiting:

@@ -36,7 +36,7 @@ def examine(
         workers: threads; None is one per usable core.
         memory: a file that remembers results, so that unchanged images are not decoded again.
     """
-    files = [raw.file(record) for record in raw.records]
+    files = [str(raw.file(record)) for record in raw.records]
     checks, looks = check_files(files, memory=memory, workers=workers, progress=progress)
     good = [(record, check) for record, check in zip(raw.records, checks, strict=True) if not check.problem]
     records = [record for record, _ in good]

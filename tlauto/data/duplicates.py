@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -76,13 +77,10 @@ def near_pairs(
     import numpy as np
 
     rows = np.arange(len(looks)) if among is None else np.asarray(among, dtype=np.int64)
-    usable, coarse = _glances(looks, rows)
-    if not len(usable):
-        return []
+    usable, glances = _glances(looks, rows)
     pairs: set[tuple[int, int]] = set()
     for quarter_turns, mirrored in _turns() if turned else [(0, False)]:
-        first, second = _unit(coarse), _unit(_turn(coarse, quarter_turns, mirrored))
-        for one, other in _candidates(first, second):
+        for one, other in _candidates(glances, _turn(glances, quarter_turns, mirrored)):
             places = usable[one], usable[other]
             (grey, tint), (other_grey, other_tint) = (_unpack(looks[rows[place]]) for place in places)
             turned_other = [_turn(look, quarter_turns, mirrored) for look in (other_grey, other_tint)]
@@ -110,22 +108,25 @@ def _turn(images: Array, quarter_turns: int, mirrored: bool) -> Array:
 
 
 def _glances(looks: Array, rows: Array) -> tuple[Array, Array]:
-    """Places (M,) in `rows` of images that show something, and their thumbnails (M, 8, 8) float32."""
+    """Places (M,) in `rows` of images that show something, and thumbnails (M, 8, 8) of length 1."""
     import numpy as np
 
-    usable, coarse = [np.empty(0, np.int64)], [np.empty((0, _COARSE, _COARSE), np.float32)]
+    usable, count = np.empty(len(rows), np.int64), 0
+    glances = np.empty((len(rows), _COARSE, _COARSE), np.float32)
     for start in range(0, len(rows), _TOGETHER):
         grey, _ = _unpack(looks[rows[start : start + _TOGETHER]])
-        shows = grey.std(axis=(1, 2)) >= _LEAST_CONTRAST
-        usable.append(start + np.flatnonzero(shows))
-        coarse.append(_blocks(grey[shows].astype(np.float32)))
-    return np.concatenate(usable), np.concatenate(coarse)
+        shows = np.flatnonzero(grey.std(axis=(1, 2)) >= _LEAST_CONTRAST)
+        part = slice(count, count := count + len(shows))
+        usable[part] = start + shows
+        glances[part].reshape(len(shows), _COARSE**2)[:] = _unit(_blocks(grey[shows].astype(np.float32)))
+    return usable[:count], glances[:count]
 
 
 def _candidates(first: Array, second: Array) -> Iterator[tuple[Array, Array]]:
-    """Batches of places (i, j), i < j, in rows (M, 64) whose products say that they may be the same."""
+    """Batches of places (i, j), i < j, of thumbnails (M, 8, 8) that correlate."""
     import numpy as np
 
+    first, second = (thumbnails.reshape(-1, _COARSE**2) for thumbnails in (first, second))
     step = max(64, 2_000_000 // max(1, len(first)))
     for start in range(0, len(first), step):
         alike = first[start : start + step] @ second[start:].T
@@ -170,7 +171,7 @@ def _unit(images: Array) -> Array:
     """Rows of zero mean and length 1: their products are correlations."""
     import numpy as np
 
-    rows = images.reshape(len(images), -1)
+    rows = images.reshape(len(images), math.prod(images.shape[1:]))
     rows = rows - rows.mean(axis=1, keepdims=True)
     unit: Array = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
     return unit

@@ -17,13 +17,13 @@ Stamp = tuple[str, int, int]
 _VERSION = 1
 
 
-def stamp_of(file: Path) -> Stamp:
+def stamp_of(file: str) -> Stamp:
     """The stamp of a file; one that is not there has size -1."""
     try:
-        status = file.stat()
+        status = os.stat(file)
     except OSError:
-        return str(file), -1, 0
-    return str(file), status.st_size, status.st_mtime_ns
+        return file, -1, 0
+    return file, status.st_size, status.st_mtime_ns
 
 
 class Memory:
