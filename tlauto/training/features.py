@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ from tlauto.training.stored import Stored
 SAMPLE = 512  # images that feature scaling is measured on
 LEARNED = "train"  # the part that no score is recorded of
 
-Precision = type[np.float16] | type[np.float32]
+Form = Literal["half", "full", "sample"]
+"""Of an array of features: in half or full precision, or some images to measure scaling on, in full."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class FeatureSource:
     def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features of up to 512 images, evenly spaced over these splits."""
         count = sum(len(self.dataset.part(split)) for split in splits)
-        sample = self._cached(splits, self._kept(kind), sample_indices(count), np.float32)
+        sample = self._cached(splits, self._kept(kind), sample_indices(count), "sample")
         self._extractors.clear()  # what asks for a sample trains the backbone next, and needs the memory
         return self._stored(kind, [sample]).tensor()
 
@@ -125,14 +127,12 @@ class FeatureSource:
         those of the network that is used later. What is unfit stays unfit, so that it is not tried again.
         """
         indices = range(len(self.dataset.part(split)))
-        if split == LEARNED and not self._path([split], kind, indices, np.float32).exists():
+        if split == LEARNED and not self._path([split], kind, indices, "full").exists():
             with contextlib.suppress(Unfit):
-                return self._cached([split], kind, indices, np.float16)
-        return self._cached([split], kind, indices, np.float32)
+                return self._cached([split], kind, indices, "half")
+        return self._cached([split], kind, indices, "full")
 
-    def _cached(
-        self, splits: Sequence[str], kind: Kind, indices: Sequence[int], dtype: Precision
-    ) -> np.ndarray:
+    def _cached(self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form) -> np.ndarray:
         """The array of some images; raises Unfit when they cannot be kept in half precision."""
 
         def blocks(first: int) -> Iterator[np.ndarray]:
@@ -141,7 +141,7 @@ class FeatureSource:
                 for images in centre_batches(pixels, self.device, indices[first:]):
                     rows = run(images).float().cpu().numpy()
                     shown["engine"] = run.name  # for people: what is proven equal needs no key of its own
-                    if dtype is np.float16:
+                    if form == "half":
                         require_fit(rows, is_first=first == 0)
                     first += len(rows)
                     yield rows
@@ -149,10 +149,10 @@ class FeatureSource:
         seen = self.facts.widths.shape_of(kind)
         width = seen.unpooled if kind == "unpooled" else (seen.pooled,)
         shown: dict[str, object] = {"backbone": self.spec.backbone}
-        path = self._path(splits, kind, indices, dtype)
+        path, dtype = self._path(splits, kind, indices, form), np.float16 if form == "half" else np.float32
         return cached_array(path, (len(indices), *width), dtype, blocks, about=shown)
 
-    def _path(self, splits: Sequence[str], kind: Kind, indices: Sequence[int], dtype: Precision) -> Path:
+    def _path(self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form) -> Path:
         """Where the array lies: its name is a hash of all that decides its contents."""
         facts = self.facts
         items = [item for split in splits for item in self.dataset.part(split)]
@@ -160,7 +160,7 @@ class FeatureSource:
             [items[i] for i in indices], weights=facts.weights, **geometry(facts.input),
             mean=facts.input.mean, std=facts.input.std, bgr=facts.input.bgr, kind=kind,
             device=self.device.type,  # a GPU rounds differently
-            levels=facts.widths.levels if kind == GRID else (), dtype=np.dtype(dtype).name,
+            levels=facts.widths.levels if kind == GRID else (), form=form,
         )  # fmt: skip
         return Path(self.spec.cache, "features", f"{key}.npy")
 
