@@ -92,7 +92,7 @@ def test_a_head_learned_in_half_precision_has_the_same_held_out_loss(
         scale.measure(features)
         rows = Rows(Stored((features,)), scale, CPU)
         problem = Problem(rows, targets["train"], functional.cross_entropy, lambda z: z, 3)
-        (head,) = problem.solve([1.0], [torch.arange(len(features))], tolerance=1e-5)
+        (head,) = problem.solve([10.0], [torch.arange(len(features))], tolerance=1e-5)
         outputs = scale(valid) @ head[:-1] + head[-1]
         losses.append(float(functional.cross_entropy(outputs, targets["val"])))
     assert losses[0] > 0.05
