@@ -30,6 +30,7 @@ from tlauto.training.features import FeatureSource
 from tlauto.training.linear import Problem, cross_validate
 from tlauto.training.model import Kind, Standardise
 from tlauto.training.rows import Rows
+from tlauto.training.stored import Stored
 
 BOUNDS = (1e-3, 0.1, 0.3, 0.5, 1.0, 3.0)
 BACKBONES = ("efficientnet-lite:lite0", "torchvision:squeezenet1_1", "keras:MobileNetV2")
@@ -67,7 +68,7 @@ def measure(dataset: Dataset, backbone: str, args: argparse.Namespace) -> dict[K
             weights=WeightsOptions({}, args.weights_dir, True, args.pretrained), cache=folder,
         )  # fmt: skip
         source = FeatureSource(spec, registry(), dataset, torch.device("cpu"))
-        read = {kind: source.features(PARTS, kind).clone() for kind in args.features}
+        read = {kind: source.features(PARTS, kind).tensor() for kind in args.features}
         folds = source.folds(PARTS, args.seed)
     known = task(dataset.task)
     values = [item.target for part in PARTS for item in dataset.part(part)]
@@ -78,7 +79,7 @@ def measure(dataset: Dataset, backbone: str, args: argparse.Namespace) -> dict[K
     def held_out(features: torch.Tensor, bound: float) -> float:
         scale = Standardise(features.shape[1], bound)
         scale.measure(features)
-        rows = Rows(features, scale, torch.device("cpu"))
+        rows = Rows(Stored((features,)), scale, torch.device("cpu"))
         problem = Problem(rows, torch.from_numpy(targets), loss, lambda logits: logits, outputs)
         return cross_validate(problem, folds).loss
 

@@ -198,3 +198,23 @@ def test_the_plain_loop_offers_its_best_models_over_time(
     assert list(seconds) == sorted(seconds) and seconds[-1] <= 12
     assert list(val) == sorted(set(val)), "each is better than the one before"
     assert all(0 <= score <= 1 for score in test)
+
+
+def test_time_and_memory_are_measured_against_images_classes_and_trials(tmp_path: Path) -> None:
+    sizes = ("--images", "24", "60", "--classes", "2", "4", "--class-images", "24", "--trials", "2", "3")
+    options = ("--base-trials", "2", "--few", "2", "--quick")
+    done = script("scale.py", *sizes, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    runs = {(run["images"], run["classes"], run["trials"]): run for run in found["runs"]}
+    assert set(runs) == {(24, 2, 2), (60, 2, 2), (24, 4, 2), (24, 2, 3)}
+    for run in runs.values():
+        assert run["worker"] > run["coordinator"] > 10
+        assert run["together"] <= run["worker"] + run["coordinator"] + 1e-6
+        assert sum(run["stages"].values()) == pytest.approx(run["seconds"])
+        assert set(run["stages"]) == {"data", "start", "trials", "finish"}
+    first, last = runs[24, 2, 2], runs[60, 2, 2]
+    assert found["memory_growth"] == pytest.approx(last["together"] / first["together"])
+    per_image = (last["coordinator"] - first["coordinator"]) / 0.036
+    assert found["slopes"]["images"]["coordinator"] == pytest.approx(per_image)
+    assert not (tmp_path / "tlauto-runs").exists(), "it works in a folder of its own"

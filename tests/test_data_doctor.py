@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tlauto.data import DoctorReport, examine, memory_file, read
+from tlauto.data.checks import LOOK_BYTES, check_files
 from tlauto.data.demo import write_digits
 from tlauto.data.duplicates import joined, near_pairs
 from tlauto.errors import DataError
@@ -308,9 +309,11 @@ def test_joined_follows_chains() -> None:
 
 
 def test_no_and_one_image_have_no_pairs(tmp_path: Path) -> None:
-    assert near_pairs([]) == []
-    report = examined(scenes(tmp_path, classes="a", per_class=1))
-    assert near_pairs([report.checks["a/0.png"].look], turned=True) == []
+    root = scenes(tmp_path, classes="a", per_class=1)
+    for files in ([], [str(root / "a/0.png")]):
+        _, looks = check_files(files)
+        assert looks.shape == (len(files), LOOK_BYTES)
+        assert near_pairs(looks) == near_pairs(looks, turned=True) == []
 
 
 def test_real_photos_have_no_false_near_duplicates(bench_data: Path) -> None:

@@ -17,9 +17,11 @@ from tlauto import metrics
 from tlauto.contracts import EpochResult, TaskHead, TrialDone, TrialSpec
 from tlauto.data import Dataset
 from tlauto.errors import TrialError
+from tlauto.training.axes import WIDE, principal_axes
 from tlauto.training.lbfgs import minimise
-from tlauto.training.linear import FOLDS, GRID, Problem, cross_validate, principal_axes, stratified_folds
+from tlauto.training.linear import FOLDS, GRID, Problem, cross_validate, stratified_folds
 from tlauto.training.rows import Rows
+from tlauto.training.stored import Stored
 
 Run = Callable[..., TrialDone]
 
@@ -32,7 +34,7 @@ def make_problem(
     features = random.normal(size=(rows, width)) + apart * random.normal(size=(classes, width))[targets]
     x = torch.from_numpy(features).float()
     mean = x.mean(dim=0)
-    scaled = Rows(x, lambda part: part - mean, torch.device("cpu"), limit=limit)
+    scaled = Rows(Stored((x,)), lambda part: part - mean, torch.device("cpu"), limit=limit)
     return Problem(scaled, torch.from_numpy(targets), functional.cross_entropy, lambda z: z, classes)
 
 
@@ -95,7 +97,7 @@ def test_least_squares_is_ridge_regression() -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(60, 8)).astype(np.float32)
     y = (x @ random.normal(size=8) + 0.1 * random.normal(size=60)).astype(np.float32)
-    rows = Rows(torch.from_numpy(x), lambda part: part, torch.device("cpu"))
+    rows = Rows(Stored((torch.from_numpy(x),)), lambda part: part, torch.device("cpu"))
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.mse_loss(outputs[:, 0], targets)
@@ -120,7 +122,7 @@ def test_problems_solved_together_are_those_solved_alone() -> None:
 @pytest.mark.parametrize("rows", [20, 80], ids=["fewer rows", "more rows"])
 def test_features_that_say_nothing_leave_the_bias(rows: int) -> None:
     targets = torch.arange(rows) % 4 // 3  # three of class 0 to one of class 1
-    features = Rows(torch.zeros(rows, 40), lambda part: part, torch.device("cpu"))
+    features = Rows(Stored((torch.zeros(rows, 40),)), lambda part: part, torch.device("cpu"))
     problem = Problem(features, targets, functional.cross_entropy, lambda z: z, 2)
     (head,) = problem.solve([1e-2], [torch.arange(rows)], tolerance=1e-6)
     assert not head[:-1].any()
@@ -132,15 +134,43 @@ def test_the_axes_hold_all_that_the_features_say() -> None:
         x = make_problem(*shape).features
         axes = principal_axes(x)
         assert torch.allclose(axes.basis.T @ axes.basis, torch.eye(axes.basis.shape[1]), atol=1e-3)
-        assert torch.allclose(axes.rows.features @ axes.basis.T, x.features, atol=1e-3)
-        assert torch.allclose(axes.rows.features.square().mean(dim=0), axes.squares, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(axes.rows.whole @ axes.basis.T, x.whole, atol=1e-3)
+        assert torch.allclose(axes.rows.whole.square().mean(dim=0), axes.squares, rtol=1e-3, atol=1e-5)
 
 
 def test_features_that_stay_on_disk_give_the_same_head() -> None:
     small, mapped = make_problem(), make_problem(limit=0)
-    assert not mapped.features.is_small
+    assert mapped.features.whole is None
     heads = [p.solve([1e-2], [everything(p)], tolerance=1e-5)[0] for p in (small, mapped)]
     assert torch.allclose(*heads, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [40, 2100], ids=["few features", "more than axes are found of"])
+def test_heads_on_features_read_in_blocks_are_those_on_features_in_memory(width: int) -> None:
+    small, mapped = (make_problem(2200, width, 30, limit=limit, apart=0.2) for limit in (2**30, 0))
+    some = [torch.arange(0, 2000), torch.arange(100, 2200, 3)]
+    assert len(list(mapped.features.blocks(beside=2 * 30 * 20))) > 1
+    if width > WIDE:
+        assert mapped._axes.basis.shape[1] < width
+    for rows in some:
+        found = [p.solve([1e-1], [rows], tolerance=1e-4)[0] for p in (small, mapped)]
+        answers = [p.answers(head, rows) for p, head in zip((small, mapped), found, strict=True)]
+        assert torch.allclose(*answers, atol=2e-3 * float(answers[0].abs().max()))
+
+
+def test_a_head_whose_logits_are_held_in_blocks_is_the_optimum() -> None:
+    problem, classes = make_problem(2200, 10, 1000), 1000
+    assert len(list(problem.features.blocks(beside=classes))) == 2
+    (head,) = problem.solve([1e-2], [everything(problem)], tolerance=1e-4)
+
+    def slopes(at: torch.Tensor) -> torch.Tensor:
+        at = at.clone().requires_grad_()
+        outputs = problem.features.whole @ at[:-1] + at[-1]
+        loss = functional.cross_entropy(outputs, problem.targets) / np.log(classes)
+        (found,) = torch.autograd.grad(loss + 1e-2 / 2 * at[:-1].square().sum(), at)
+        return found.abs().max()
+
+    assert slopes(head) < 1e-2 * slopes(torch.zeros_like(head))
 
 
 def test_cross_validation_takes_the_best_penalty_of_the_whole_grid() -> None:

@@ -45,7 +45,7 @@ def test_the_default_head_is_as_good_as_logistic_regression(
         folder=str(tmp_path / "trial"), cache=str(tmp_path / "cache"),
     )  # fmt: skip
     source = FeatureSource(spec, registry, ants_and_bees, torch.device("cpu"))
-    features = {split: source.features([split], "pooled").numpy() for split in ("train", "val")}
+    features = {split: source.features([split], "pooled").tensor().numpy() for split in ("train", "val")}
     targets = {s: np.array([item.target for item in ants_and_bees.part(s)]) for s in features}
     rival = make_pipeline(StandardScaler(), LogisticRegression(C=1, max_iter=2000))
     rival.fit(features["train"], targets["train"])

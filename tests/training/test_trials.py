@@ -19,9 +19,10 @@ from tlauto.data import Dataset
 from tlauto.errors import TrialError
 from tlauto.plugins import Registry
 from tlauto.space import Float
-from tlauto.training.frozen import Rows
 from tlauto.training.model import Standardise, restore
 from tlauto.training.predictor import Predictor
+from tlauto.training.rows import Rows
+from tlauto.training.stored import Stored
 
 FROZEN, TRAINED = "feature_extraction", ("partial", "full")
 POOLED = {"probe.solver": "lbfgs", "probe.l2": 1e-2}  # a head that fine-tuning can go on with
@@ -92,8 +93,9 @@ def test_large_features_are_scaled_by_the_batch_and_give_the_same_rows() -> None
     features, device = torch.randn(20, 6, 2, 2), torch.device("cpu")
     norm = Standardise(6)
     norm.measure(features)
-    whole, mapped = Rows(features, norm, device), Rows(features, norm, device, limit=0)
-    assert (whole.is_small, mapped.is_small) == (True, False)
+    stored = Stored((features[:9], features[9:]))
+    whole, mapped = Rows(stored, norm, device), Rows(stored, norm, device, limit=0)
+    assert whole.whole is not None and mapped.whole is None
     rows = torch.tensor([3, 19, 3])
     assert torch.equal(whole.take(rows), mapped.take(rows))
     everything = mapped.take(torch.arange(20))
@@ -244,9 +246,9 @@ def test_a_fine_tuned_head_starts_from_a_probe(spec: TrialSpec, run: Run, tmp_pa
     )  # fmt: skip
     done = run(started)
     assert abs(done.val_loss - probed.val_loss) < 0.2
+    assert torch.equal(state_of(started)["norm.std"], state_of(probe)["norm.std"])
     cold = run(replace(started, init_head=None))
     assert cold.val_loss > done.val_loss
-    assert torch.equal(state_of(started)["norm.std"], state_of(probe)["norm.std"])
 
 
 def test_a_probe_with_another_head_gives_only_its_feature_scaling(

@@ -5,34 +5,40 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import json
 import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlauto.data.images import decode
+from tlauto.data.memory import Memory, Stamp, stamp_of
 from tlauto.devices import available_cores, cache_folder
 from tlauto.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
+
+    Array = np.ndarray
 
 LOOK_SIDE = 32
 """Side of the grey thumbnail that near duplicates are found by, pixels."""
 TINT_SIDE = 4
 """Side of the colour thumbnail that tells equal shapes of other colours apart, pixels."""
 
-# Raise it when what `check_file` finds changes, so that older results are not believed.
-_VERSION = 1
+LOOK_BYTES = LOOK_SIDE**2 + 3 * TINT_SIDE**2
+"""Bytes of a look: `LOOK_SIDE`² grey ones, then `TINT_SIDE`² of RGB."""
+
+AHEAD = 8  # files a thread that are read before the first of them is asked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileCheck:
     """What one file turned out to be.
 
@@ -40,7 +46,7 @@ class FileCheck:
         problem: why it cannot be used, or empty; then the rest is empty except perhaps `sha256`.
         sha256: of the file's bytes.
         pixels: hash of the upright RGB pixels and their size.
-        look: base64 of `LOOK_SIDE`² grey bytes and `TINT_SIDE`² RGB bytes.
+        look: base64 of `LOOK_BYTES` bytes.
     """
 
     problem: str = ""
@@ -84,46 +90,78 @@ def check_file(file: Path) -> FileCheck:
 
 
 def check_files(
-    files: Sequence[Path],
+    files: Sequence[str],
     *,
     memory: Path | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[FileCheck]:
-    """One `FileCheck` per file, in order.
+) -> tuple[list[FileCheck], Array]:
+    """One `FileCheck` per file, in order, without its `look`, and the looks of all.
 
     Args:
         memory: a JSON-lines file of earlier results; a file of the same path, size and time of change
             is not opened again. It is written anew at the end, and when interrupted.
         workers: threads; None is one per usable core.
         progress: called with (done, total) from this thread.
+
+    Returns: the checks, and `LOOK_BYTES` bytes of each file (N, 1072) uint8, zeros where there is no
+    look, on disk: together they would take more memory than all else that is known of the images.
     """
-    stamps = [_stamp(file) for file in files]
-    known = _recall(memory)
-    results: dict[int, FileCheck] = {
-        index: known[stamp] for index, stamp in enumerate(stamps) if stamp in known
-    }
-    missing = [index for index in range(len(files)) if index not in results]
-    pool = ThreadPoolExecutor(workers or min(16, available_cores()))
-    try:
+    checks: list[FileCheck] = []
+    looks = _new_looks(len(files))
+    with Memory(memory) as known, warnings.catch_warnings():
         # Pillow warns of odd metadata and of very large images; both are decoded all the same.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            waiting = {pool.submit(check_file, files[index]): index for index in missing}
-            for done in as_completed(waiting):
-                results[waiting[done]] = done.result()
-                if progress is not None:
-                    progress(len(results), len(files))
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        done = sum(stamp_of(file) in known for file in files) if progress else 0
+        for check, is_new in _checked(files, known, workers or min(16, available_cores())):
+            if check.look:
+                looks[len(checks)] = bytearray(base64.b64decode(check.look))
+            checks.append(replace(check, look=""))
+            if progress and is_new:
+                done += 1
+                progress(done, len(files))
+    return checks, looks
+
+
+def _checked(files: Sequence[str], known: Memory, workers: int) -> Iterator[tuple[FileCheck, bool]]:
+    """The check of each file, in order, and whether the file was opened for it."""
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[tuple[Stamp, Future[FileCheck] | FileCheck]] = deque()
+
+    def first() -> tuple[FileCheck, bool]:
+        stamp, found = waiting.popleft()
+        if isinstance(found, FileCheck):
+            return found, False
+        check = found.result()
+        if check.sha256:  # else it could not be opened, which can change without its stamp changing
+            known.add(stamp, asdict(check))
+        return check, True
+
+    try:
+        for file in files:
+            stamp = stamp_of(file)
+            waiting.append((stamp, _recalled(known, stamp) or pool.submit(check_file, Path(file))))
+            if len(waiting) > AHEAD * workers:
+                yield first()
+        while waiting:
+            yield first()
     finally:
         pool.shutdown(cancel_futures=True)
-        if memory is not None and missing:
-            _remember(memory, {stamps[index]: check for index, check in results.items()})
-    return [results[index] for index in range(len(files))]
 
 
-def brightest(look: str) -> int:
-    """The highest grey level, 0 to 255, of a `FileCheck.look`."""
-    return max(base64.b64decode(look)[: LOOK_SIDE**2])
+def _recalled(known: Memory, stamp: Stamp) -> FileCheck | None:
+    found = known.find(stamp)
+    with contextlib.suppress(TypeError):
+        return None if found is None else FileCheck(**found)
+    return None
+
+
+def _new_looks(count: int) -> Array:
+    import numpy as np
+
+    # Nameless, so that it goes with the last who uses it.
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=(max(1, count), LOOK_BYTES))[:count]
 
 
 def memory_file(root: str | Path) -> Path:
@@ -138,53 +176,3 @@ def _look(image: Image) -> str:
     small = image.resize((LOOK_SIDE, LOOK_SIDE), Resampling.BILINEAR, reducing_gap=4.0)
     tint = small.resize((TINT_SIDE, TINT_SIDE), Resampling.BOX)
     return base64.b64encode(small.convert("L").tobytes() + tint.tobytes()).decode()
-
-
-# --- memory ----------------------------------------------------------------------------------------
-
-_Stamp = tuple[str, int, int]
-
-
-def _stamp(file: Path) -> _Stamp:
-    """Path, size and time of change; a file that is not there has size -1."""
-    try:
-        status = file.stat()
-    except OSError:
-        return str(file), -1, 0
-    return str(file), status.st_size, status.st_mtime_ns
-
-
-def _recall(memory: Path | None) -> dict[_Stamp, FileCheck]:
-    """Earlier results by stamp; lines of another version or that do not parse are passed over."""
-    known: dict[_Stamp, FileCheck] = {}
-    if memory is None:
-        return known
-    try:
-        lines = memory.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return known
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            data: dict[str, Any] = json.loads(line)
-            if data["version"] == _VERSION:
-                known[(data["path"], data["size"], data["changed_ns"])] = FileCheck(**data["check"])
-    return known
-
-
-def _remember(memory: Path, checks: Mapping[_Stamp, FileCheck]) -> None:
-    # Without a hash the file could not be opened, which can change without its stamp changing.
-    lines = (_line(stamp, check) for stamp, check in checks.items() if check.sha256)
-    # A memory that cannot be written costs time at the next run and nothing else.
-    with contextlib.suppress(OSError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=memory.parent, prefix=memory.name, delete=False
-        ) as new:
-            new.writelines(lines)
-        os.replace(new.name, memory)
-
-
-def _line(stamp: _Stamp, check: FileCheck) -> str:
-    path, size, changed_ns = stamp
-    data = {"version": _VERSION, "path": path, "size": size, "changed_ns": changed_ns, "check": asdict(check)}
-    return json.dumps(data) + "\n"

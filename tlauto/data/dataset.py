@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tlauto.errors import DataError
 Target = int | float | tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image.
 
@@ -61,18 +61,25 @@ class Dataset:
 
     def to_json(self) -> str:
         """The dataset as JSON; `from_json` reads it."""
-        return json.dumps(asdict(self))
+        facts = json.dumps(asdict(replace(self, items=())))
+        # One by one: as plain data, the items of many images would take several times the text.
+        items = ", ".join(json.dumps(asdict(item)) for item in self.items)
+        return facts.replace('"items": []', f'"items": [{items}]', 1)
 
     @classmethod
     def from_json(cls, text: str) -> Dataset:
         """The dataset written by `to_json`; raises DataError when it is not one."""
         try:
-            data: dict[str, Any] = json.loads(text)
-            items = tuple(Item(**{**item, "target": _target(item["target"])}) for item in data.pop("items"))
+            data: dict[str, Any] = json.loads(text, object_hook=_items_at_once)
+            items = tuple(item if isinstance(item, Item) else Item(**item) for item in data.pop("items"))
             return cls(**{**data, "classes": tuple(data["classes"]), "items": items})
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"this is not a tlauto dataset file: {error}") from None
 
 
-def _target(value: Any) -> Target:
-    return tuple(value) if isinstance(value, list) else value
+def _items_at_once(data: dict[str, Any]) -> dict[str, Any] | Item:
+    """An item as soon as it is read, so that many are never all there as plain data."""
+    if "sha256" not in data:
+        return data
+    target = data["target"]
+    return Item(**{**data, "target": tuple(target) if isinstance(target, list) else target})

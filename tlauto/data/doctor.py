@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tlauto.data.checks import FileCheck, brightest, check_files
+from tlauto.data.checks import LOOK_SIDE, FileCheck, check_files
 from tlauto.data.duplicates import MOST_IMAGES_TO_TURN, joined, near_pairs, same_groups
 from tlauto.data.raw import RawDataset, Record, classes_of
 from tlauto.data.report import DoctorReport, Groups
 from tlauto.data.words import counted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray
 
 # Grey levels of 255: an image without any above looks black.
 _DARK = 16
@@ -30,11 +36,12 @@ def examine(
         workers: threads; None is one per usable core.
         memory: a file that remembers results, so that unchanged images are not decoded again.
     """
-    files = [raw.file(record) for record in raw.records]
-    checks = check_files(files, memory=memory, workers=workers, progress=progress)
+    files = [str(raw.file(record)) for record in raw.records]
+    checks, looks = check_files(files, memory=memory, workers=workers, progress=progress)
     good = [(record, check) for record, check in zip(raw.records, checks, strict=True) if not check.problem]
     records = [record for record, _ in good]
-    found = _Duplicates(good)
+    seen = [place for place, check in enumerate(checks) if not check.problem]
+    found = _Duplicates(good, looks, seen)
     return DoctorReport(
         root=raw.root,
         kind=raw.kind,
@@ -53,7 +60,9 @@ def examine(
         leaks=_paths(records, _straddling(records, found.exact)),
         near_leaks=_paths(records, _straddling(records, found.near + found.turned)),
         conflicts=_paths(records, [g for g in found.exact if len({records[i].label for i in g}) > 1]),
-        dark=tuple(record.path for record, check in good if brightest(check.look) < _DARK),
+        dark=tuple(
+            r.path for r, place in zip(records, seen, strict=True) if _brightest(looks[place]) < _DARK
+        ),
         class_counts=_class_counts(raw, records),
         split_counts=_tally(record.split for record in records if record.split),
         modes=_tally(check.mode for _, check in good),
@@ -67,18 +76,18 @@ def examine(
 
 
 class _Duplicates:
-    """Groups of indices into the usable images."""
+    """Groups of indices into the usable images, whose looks lie at the places `seen`."""
 
-    def __init__(self, good: Sequence[tuple[Record, FileCheck]]) -> None:
+    def __init__(self, good: Sequence[tuple[Record, FileCheck]], looks: Array, seen: Sequence[int]) -> None:
         size = len(good)
         self.exact = same_groups([check.pixels for _, check in good])
         # Of equal images one stands for all.
         doubles = {index for group in self.exact for index in group[1:]}
         single = [index for index in range(size) if index not in doubles]
-        looks = [good[index][1].look for index in single]
+        among = [seen[index] for index in single]
         self.is_too_large_to_turn = len(single) > MOST_IMAGES_TO_TURN
-        self.near = self._groups(size, [(single[a], single[b]) for a, b in near_pairs(looks)])
-        turned = [] if self.is_too_large_to_turn else near_pairs(looks, turned=True)
+        self.near = self._groups(size, [(single[a], single[b]) for a, b in near_pairs(looks, among)])
+        turned = [] if self.is_too_large_to_turn else near_pairs(looks, among, turned=True)
         home = joined(size, self.near)
         pairs = [(single[a], single[b]) for a, b in turned]
         # A symmetric picture is also its own mirror image: already told.
@@ -91,6 +100,11 @@ class _Duplicates:
         touched = {index for pair in pairs for index in pair}
         copies = [group for group in self.exact if group[0] in touched]
         return same_groups([home + 1 for home in joined(size, [*pairs, *copies])])
+
+
+def _brightest(look: Array) -> int:
+    """The highest grey level of a look (1072,), 0 to 255."""
+    return int(look[: LOOK_SIDE**2].max())
 
 
 def _notes(raw: RawDataset, found: _Duplicates) -> tuple[str, ...]:

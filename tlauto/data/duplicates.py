@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ MOST_IMAGES_TO_TURN = 20_000
 """Beyond this many images, turned and mirrored copies are not looked for (8 times the work)."""
 
 _COARSE = 8
+_TOGETHER = 512  # images, or pairs, whose looks are compared at a time
 
 
 def same_groups(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -56,28 +57,35 @@ def joined(size: int, groups: Iterable[Sequence[int]]) -> list[int]:
     return [find(index) for index in range(size)]
 
 
-def near_pairs(looks: Sequence[str], *, turned: bool = False) -> list[tuple[int, int]]:
-    """Pairs (i < j) of images that show the same picture.
+def near_pairs(
+    looks: Array, among: Sequence[int] | None = None, *, turned: bool = False
+) -> list[tuple[int, int]]:
+    """Pairs of images that show the same picture.
 
     Found are copies that were scaled, recompressed or uniformly lightened and darkened; with
     `turned`, copies that were also rotated by quarter turns or mirrored, and only these. Images that
     are merely alike differ in fine detail, and plain images show nothing that could be the same.
+    Takes time with the square of the images (a multiplication by 64 numbers a pair), and of each 256
+    bytes besides its look.
 
     Args:
-        looks: `FileCheck.look` of each image.
+        looks: (N, 1072) uint8, `checks.check_files`' own; may be mapped.
+        among: the images to compare, all by default.
+
+    Returns: places (i < j) in `among`.
     """
-    if not looks:
-        return []
-    grey, tint = _unpack(looks)
-    usable = grey.std(axis=(1, 2)) >= _LEAST_CONTRAST
-    if not usable.any():
-        return []
+    import numpy as np
+
+    rows = np.arange(len(looks)) if among is None else np.asarray(among, dtype=np.int64)
+    usable, glances = _glances(looks, rows)
     pairs: set[tuple[int, int]] = set()
     for quarter_turns, mirrored in _turns() if turned else [(0, False)]:
-        turned_grey, turned_tint = (_turn(a, quarter_turns, mirrored) for a in (grey, tint))
-        for rows, columns in _candidates(grey, turned_grey, usable):
-            same = _is_same(grey[rows], turned_grey[columns], tint[rows], turned_tint[columns])
-            pairs.update(zip(rows[same].tolist(), columns[same].tolist(), strict=True))
+        for one, other in _candidates(glances, _turn(glances, quarter_turns, mirrored)):
+            places = usable[one], usable[other]
+            (grey, tint), (other_grey, other_tint) = (_unpack(looks[rows[place]]) for place in places)
+            turned_other = [_turn(look, quarter_turns, mirrored) for look in (other_grey, other_tint)]
+            same = _is_same(grey, turned_other[0], tint, turned_other[1])
+            pairs.update(zip(places[0][same].tolist(), places[1][same].tolist(), strict=True))
     return sorted(pairs)
 
 
@@ -85,13 +93,10 @@ def _turns() -> list[tuple[int, bool]]:
     return [(turns, mirrored) for mirrored in (False, True) for turns in range(4) if turns or mirrored]
 
 
-def _unpack(looks: Sequence[str]) -> tuple[Array, Array]:
+def _unpack(looks: Array) -> tuple[Array, Array]:
     """Grey (N, 32, 32) and tint (N, 4, 4, 3), both uint8."""
-    import numpy as np
-
-    packed = np.frombuffer(b"".join(map(base64.b64decode, looks)), np.uint8).reshape(len(looks), -1)
-    grey = packed[:, : LOOK_SIDE**2].reshape(-1, LOOK_SIDE, LOOK_SIDE)
-    return grey, packed[:, LOOK_SIDE**2 :].reshape(-1, TINT_SIDE, TINT_SIDE, 3)
+    grey = looks[:, : LOOK_SIDE**2].reshape(-1, LOOK_SIDE, LOOK_SIDE)
+    return grey, looks[:, LOOK_SIDE**2 :].reshape(-1, TINT_SIDE, TINT_SIDE, 3)
 
 
 def _turn(images: Array, quarter_turns: int, mirrored: bool) -> Array:
@@ -102,20 +107,34 @@ def _turn(images: Array, quarter_turns: int, mirrored: bool) -> Array:
     return result
 
 
-def _candidates(grey: Array, other: Array, usable: Array) -> Iterator[tuple[Array, Array]]:
-    """Batches of indices (i, j), i < j, whose coarse thumbnails correlate."""
+def _glances(looks: Array, rows: Array) -> tuple[Array, Array]:
+    """Places (M,) in `rows` of images that show something, and thumbnails (M, 8, 8) of length 1."""
     import numpy as np
 
-    where = np.flatnonzero(usable)
-    first, second = (_unit(_blocks(a[where].astype(np.float32))) for a in (grey, other))
-    step = max(64, 4_000_000 // max(1, len(where)))
-    for start in range(0, len(where), step):
+    usable, count = np.empty(len(rows), np.int64), 0
+    glances = np.empty((len(rows), _COARSE, _COARSE), np.float32)
+    for start in range(0, len(rows), _TOGETHER):
+        grey, _ = _unpack(looks[rows[start : start + _TOGETHER]])
+        shows = np.flatnonzero(grey.std(axis=(1, 2)) >= _LEAST_CONTRAST)
+        part = slice(count, count := count + len(shows))
+        usable[part] = start + shows
+        glances[part].reshape(len(shows), _COARSE**2)[:] = _unit(_blocks(grey[shows].astype(np.float32)))
+    return usable[:count], glances[:count]
+
+
+def _candidates(first: Array, second: Array) -> Iterator[tuple[Array, Array]]:
+    """Batches of places (i, j), i < j, of thumbnails (M, 8, 8) that correlate."""
+    import numpy as np
+
+    first, second = (thumbnails.reshape(-1, _COARSE**2) for thumbnails in (first, second))
+    step = max(64, 2_000_000 // max(1, len(first)))
+    for start in range(0, len(first), step):
         alike = first[start : start + step] @ second[start:].T
         rows, columns = np.nonzero(alike >= _ALIKE_AT_FIRST_GLANCE)
         rows, columns = rows[rows < columns] + start, columns[rows < columns] + start
-        for batch in range(0, len(rows), 4096):
-            part = slice(batch, batch + 4096)
-            yield where[rows[part]], where[columns[part]]
+        for batch in range(0, len(rows), _TOGETHER):
+            part = slice(batch, batch + _TOGETHER)
+            yield rows[part], columns[part]
 
 
 def _is_same(first: Array, second: Array, first_tint: Array, second_tint: Array) -> Array:
@@ -152,7 +171,7 @@ def _unit(images: Array) -> Array:
     """Rows of zero mean and length 1: their products are correlations."""
     import numpy as np
 
-    rows = images.reshape(len(images), -1)
+    rows = images.reshape(len(images), math.prod(images.shape[1:]))
     rows = rows - rows.mean(axis=1, keepdims=True)
     unit: Array = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
     return unit

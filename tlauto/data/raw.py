@@ -11,7 +11,7 @@ TASKS = ("multiclass", "multilabel", "regression")
 """The tasks that labels can be read as."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One labelled image file.
 

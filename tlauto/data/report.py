@@ -35,7 +35,7 @@ class DoctorReport:
         modes, formats: usable images per Pillow mode and format.
         rotated, animated: images that EXIF rotates; images with more than one frame.
         sides: shortest side, median longer side and longest side, in pixels.
-        checks: the `FileCheck` of every record, usable or not.
+        checks: the `FileCheck` of every record, usable or not, without its `look`.
     """
 
     root: str

@@ -58,10 +58,10 @@ def make_dataset(
     homes = _homes(records, report)
     splits = _split(raw, records, homes, missing, seed)
     _require_train(raw, records, splits)
-    sizes = Counter(homes)
+    sizes, index = Counter(homes), {name: i for i, name in enumerate(classes)}
     items = tuple(
         Item(
-            record.path, _target(record.label, classes), split, report.checks[record.path].sha256,
+            record.path, _target(record.label, index), split, report.checks[record.path].sha256,
             home if sizes[home] > 1 else -1,
         )
         for record, split, home in zip(records, splits, homes, strict=True)
@@ -69,12 +69,12 @@ def make_dataset(
     return Dataset(raw.root, raw.task, classes, items, fingerprint(raw, report))
 
 
-def _target(label: Label, classes: Sequence[str]) -> Target:
+def _target(label: Label, index: Mapping[str, int]) -> Target:
     if isinstance(label, float):
         return label
     if isinstance(label, tuple):
-        return tuple(sorted(classes.index(name) for name in label))
-    return classes.index(label)
+        return tuple(sorted(index[name] for name in label))
+    return index[label]
 
 
 # --- what must hold ---------------------------------------------------------------------------------
@@ -194,11 +194,18 @@ def _strata(raw: RawDataset, pool: Sequence[Record]) -> list[tuple[str, ...]]:
 
 def _units(pool: Sequence[int], homes: Sequence[int], strata: Sequence[tuple[str, ...]]) -> list[_Unit]:
     members: dict[int, list[int]] = {}
-    counts: dict[int, Counter[str]] = {}
-    for index, names in zip(pool, strata, strict=True):
-        members.setdefault(homes[index], []).append(index)
-        counts.setdefault(homes[index], Counter()).update(names)
-    return [_Unit(tuple(members[home]), counts[home]) for home in sorted(members)]
+    for place, index in enumerate(pool):
+        members.setdefault(homes[index], []).append(place)
+    # Most images are by themselves, and those of one class share a count: 50,000 would take 15 MB.
+    alone = {names: Counter(names) for names in set(strata)}
+    units = []
+    for home in sorted(members):
+        places = members[home]
+        counts = alone[strata[places[0]]]
+        if len(places) > 1:
+            counts = Counter(name for place in places for name in strata[place])
+        units.append(_Unit(tuple(pool[place] for place in places), counts))
+    return units
 
 
 def _require_large_enough(raw: RawDataset, units: Sequence[_Unit], parts: Sequence[str]) -> None:
@@ -226,10 +233,14 @@ def _assign(units: Sequence[_Unit], fractions: Mapping[str, float], rng: random.
     order = list(range(len(units)))
     rng.shuffle(order)
     order.sort(key=lambda number: -len(units[number].members))
-    left = Counter(name for unit in units for name in unit.strata)
+    having: dict[str, list[int]] = {}
+    for number in order:
+        for name in units[number].strata:
+            having.setdefault(name, []).append(number)
+    left = Counter({name: len(numbers) for name, numbers in having.items()})
     while left:
         rarest = min(left, key=lambda name: (left[name], name))
-        waiting = [n for n in order if n not in chosen and rarest in units[n].strata]
+        waiting = [number for number in having[rarest] if number not in chosen]
         for position, number in enumerate(waiting):
             part = _part(rarest, need, held, len(waiting) - position)
             chosen[number] = part

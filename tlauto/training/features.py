@@ -6,12 +6,14 @@ winner is evaluated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,11 +25,17 @@ from tlauto.plugins import Registry
 from tlauto.training.arrays import cached_array
 from tlauto.training.batches import centre_batches
 from tlauto.training.engines import Extractor
+from tlauto.training.halving import Unfit, require_fit
 from tlauto.training.linear import stratified_folds
-from tlauto.training.model import Kind, Widths, load_backbone
+from tlauto.training.model import GRID, Kind, Widths, load_backbone
 from tlauto.training.pixels import Pixels, contents, geometry, load_pixels
+from tlauto.training.stored import Stored
 
 SAMPLE = 512  # images that feature scaling is measured on
+LEARNED = "train"  # the part that no score is recorded of
+
+Form = Literal["half", "full", "sample"]
+"""Of an array of features: in half or full precision, or some images to measure scaling on, in full."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +86,16 @@ class FeatureSource:
         items = [item for split in splits for item in self.dataset.part(split)]
         return stratified_folds([item.target for item in items], [item.group for item in items], seed)
 
-    def features(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
-        """Features (N, D) or (N, C, H, W) of these splits, split after split."""
-        parts = [self._features([split], kind, range(len(self.dataset.part(split)))) for split in splits]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def features(self, splits: Sequence[str], kind: Kind) -> Stored:
+        """Features (N, D) or (N, C, H, W) of these splits, split after split, in the cache."""
+        return self._stored(kind, [self._part(split, self._kept(kind)) for split in splits])
 
     def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features of up to 512 images, evenly spaced over these splits."""
         count = sum(len(self.dataset.part(split)) for split in splits)
-        features = self._features(splits, kind, sample_indices(count))
+        sample = self._cached(splits, self._kept(kind), sample_indices(count), "sample")
         self._extractors.clear()  # what asks for a sample trains the backbone next, and needs the memory
-        return features
+        return self._stored(kind, [sample]).tensor()
 
     def _extractor(self, kind: Kind) -> Extractor:
         """What runs the backbone; one for all parts of the dataset, so that they are of one engine."""
@@ -100,21 +107,33 @@ class FeatureSource:
             )  # fmt: skip
         return self._extractors[kind]
 
-    def _features(self, splits: Sequence[str], kind: Kind, indices: Sequence[int]) -> torch.Tensor:
+    def _kept(self, kind: Kind) -> Kind:
         """One forward pass gives all levels, so whatever is pooled is a part of the same cached array."""
-        levels = self.facts.widths.levels
-        if kind == "unpooled" or not levels:
-            return self._cached(splits, kind, indices)
-        return narrowed(self._cached(splits, "grid", indices), levels, to=kind)
+        return kind if kind == "unpooled" or not self.facts.widths.levels else GRID
 
-    def _cached(self, splits: Sequence[str], kind: Kind, indices: Sequence[int]) -> torch.Tensor:
-        facts = self.facts
-        items = [item for split in splits for item in self.dataset.part(split)]
-        about = {"mean": facts.input.mean, "std": facts.input.std, "bgr": facts.input.bgr, "kind": kind}
-        about["device"] = self.device.type  # a GPU rounds differently
-        key = contents([items[i] for i in indices], weights=facts.weights, **geometry(facts.input), **about)
-        seen = facts.widths.shape_of(kind)
-        width = seen.unpooled if kind == "unpooled" else (seen.pooled,)
+    def _stored(self, kind: Kind, parts: Sequence[np.ndarray]) -> Stored:
+        """Arrays of the kind that is kept, read as this kind."""
+        tensors, levels = tuple(map(torch.from_numpy, parts)), self.facts.widths.levels
+        if kind == self._kept(kind):
+            return Stored(tensors)
+        if kind == "pooled":
+            return Stored(tuple(narrowed(tensor, levels, to=kind) for tensor in tensors))
+        return Stored(tensors, means_of=levels)
+
+    def _part(self, split: str, kind: Kind) -> np.ndarray:
+        """The features of a split, in half precision where that is as good.
+
+        That is for the part that is only learned from: scores on the others are recorded, and must be
+        those of the network that is used later. What is unfit stays unfit, so that it is not tried again.
+        """
+        indices = range(len(self.dataset.part(split)))
+        if split == LEARNED and not self._path([split], kind, indices, "full").exists():
+            with contextlib.suppress(Unfit):
+                return self._cached([split], kind, indices, "half")
+        return self._cached([split], kind, indices, "full")
+
+    def _cached(self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form) -> np.ndarray:
+        """The array of some images; raises Unfit when they cannot be kept in half precision."""
 
         def blocks(first: int) -> Iterator[np.ndarray]:
             pixels, run = self.pixels(splits), self._extractor(kind)
@@ -122,11 +141,28 @@ class FeatureSource:
                 for images in centre_batches(pixels, self.device, indices[first:]):
                     rows = run(images).float().cpu().numpy()
                     shown["engine"] = run.name  # for people: what is proven equal needs no key of its own
+                    if form == "half":
+                        require_fit(rows, is_first=first == 0)
+                    first += len(rows)
                     yield rows
 
-        path = Path(self.spec.cache, "features", f"{key}.npy")
-        shape, shown = (len(indices), *width), {"backbone": self.spec.backbone}
-        return torch.from_numpy(cached_array(path, shape, np.float32, blocks, about=shown))
+        seen = self.facts.widths.shape_of(kind)
+        width = seen.unpooled if kind == "unpooled" else (seen.pooled,)
+        shown: dict[str, object] = {"backbone": self.spec.backbone}
+        path, dtype = self._path(splits, kind, indices, form), np.float16 if form == "half" else np.float32
+        return cached_array(path, (len(indices), *width), dtype, blocks, about=shown)
+
+    def _path(self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form) -> Path:
+        """Where the array lies: its name is a hash of all that decides its contents."""
+        facts = self.facts
+        items = [item for split in splits for item in self.dataset.part(split)]
+        key = contents(
+            [items[i] for i in indices], weights=facts.weights, **geometry(facts.input),
+            mean=facts.input.mean, std=facts.input.std, bgr=facts.input.bgr, kind=kind,
+            device=self.device.type,  # a GPU rounds differently
+            levels=facts.widths.levels if kind == GRID else (), form=form,
+        )  # fmt: skip
+        return Path(self.spec.cache, "features", f"{key}.npy")
 
 
 def sample_indices(count: int) -> list[int]:

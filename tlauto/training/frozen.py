@@ -20,7 +20,7 @@ from tlauto.training.seeding import seed_everything
 from tlauto.training.solved import solve_head
 from tlauto.training.trial import Best, Fitted, Trial
 
-EVAL_ROWS = 1024
+HIDDEN = 2048  # numbers of a row that a head is taken to hold inside
 
 AFFORDABLE = 2e10
 """Multiply-adds of forward passes that cross-validating a head may take in all: seconds on a CPU."""
@@ -122,5 +122,5 @@ def _cross_validated(trial: Trial, train: Rows, epochs: int) -> np.ndarray | Non
 def _logits(readout: Readout, rows: Rows, among: torch.Tensor | None = None) -> torch.Tensor:
     """Outputs (n, K) for some rows, all by default."""
     readout.eval()
-    blocks = torch.split(torch.arange(len(rows)) if among is None else among, EVAL_ROWS)
-    return torch.cat([readout.answer(rows.take(block)) for block in blocks])
+    among = torch.arange(len(rows)) if among is None else among
+    return torch.cat([readout.answer(batch) for batch in rows.batches(among, beside=HIDDEN)])

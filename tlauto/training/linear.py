@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from tlauto.training.lbfgs import minimise
-from tlauto.training.rows import Rows
+from tlauto.training.axes import Axes, principal_axes
+from tlauto.training.lbfgs import HISTORY, minimise
+from tlauto.training.rows import BLOCK, Rows
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -21,12 +22,16 @@ units of the loss of a head that says nothing."""
 
 FIRST = 10  # index of the penalty in `GRID` that is tried first: 0.1
 
-TOGETHER = 2**26  # numbers of logits that problems solved side by side may hold: 256 MB
+TOGETHER = 2**24
+"""Numbers that the minimiser may keep of problems solved side by side: 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """A linear head W (D, K), b (K,) on scaled features, under any mean loss that is convex in logits.
+
+    Features that are not in memory are read in blocks at each step. Losses are means over rows, so those
+    of all rows are the blocks' by their shares of the rows.
 
     Attributes:
         features: (N, D), centred.
@@ -55,24 +60,36 @@ class Problem:
         All are solved side by side: what costs is one product with the features a step.
 
         Args:
+            rows: of each problem, ascending.
             tolerance: see `lbfgs.minimise`.
             start: heads (B, D + 1, K) to start from, zeros by default.
         """
         axes = self._axes
         if start is not None:
-            start = torch.cat([axes.basis.T @ start[:, :-1], start[:, -1:]], dim=1)
-        together = max(1, TOGETHER // (len(self.features) * self.num_outputs))
+            start = torch.cat([axes.inwards(start[:, :-1]), start[:, -1:]], dim=1)
+        kept = 2 * HISTORY * (axes.rows.shape[1] + 1) * self.num_outputs
+        together = max(1, TOGETHER // kept)
         parts = []
         for first in range(0, len(penalties), together):
             some = slice(first, first + together)
             begin = None if start is None else start[some]
             parts.append(self._solve(list(penalties[some]), list(rows[some]), tolerance, begin))
         heads = torch.cat(parts)
-        return torch.cat([axes.basis @ heads[:, :-1], heads[:, -1:]], dim=1)
+        return torch.cat([axes.outwards(heads[:, :-1]), heads[:, -1:]], dim=1)
+
+    def answers(self, head: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Outputs (n, K) of one head (D + 1, K) for some rows."""
+        batches = self.features.batches(rows, beside=self.num_outputs)
+        return torch.cat([self.output(batch @ head[:-1] + head[-1]) for batch in batches])
+
+    def mean_loss(self, outputs: torch.Tensor) -> float:
+        """The loss of outputs (N, K) of all rows."""
+        return float(sum(
+            self.loss(outputs[part], self.targets[part]) * share for part, share in self._pieces(len(outputs))
+        ))  # fmt: skip
 
     @cached_property
     def _axes(self) -> Axes:
-        """The features along their own principal axes."""
         return principal_axes(self.features)
 
     def _solve(
@@ -83,61 +100,99 @@ class Problem:
         start: torch.Tensor | None,
     ) -> torch.Tensor:
         """The same in the coordinates of the axes."""
-        x = self._axes.rows
-        width, outputs = x.features.shape[1], self.num_outputs
+        axes, x = self._axes, self._axes.rows
+        width, outputs = x.shape[1], self.num_outputs
         penalty = torch.tensor(penalties, device=x.device)
-        nothing = torch.zeros(len(x), outputs, device=x.device)
-        unit = torch.stack([self._mean_loss(nothing, r) for r in rows]).clamp_min(1e-12)
-        # Steps in units of the curvature along each axis, (B, D + 1, 1): the bias sees the mean of ones.
+        unit = torch.stack([self._loss_at_zero(r) for r in rows]).clamp_min(1e-12)
+        # Steps in units of the curvature, (B, …, 1): the bias sees the mean of ones.
         bends = self._curvature / unit[:, None, None]
-        along = bends * self._axes.squares[:, None] + penalty[:, None, None]
-        scale = torch.cat([along, bends], dim=1).rsqrt()
+        along, beside = (bends * part + penalty[:, None, None] for part in (axes.squares[:, None], axes.rest))
+
+        def stretched(points: torch.Tensor, which: torch.Tensor, power: float = -0.5) -> torch.Tensor:
+            """Points (A, P) as heads (A, W + 1, K), or gradients by heads as those by points."""
+            heads = points.view(len(points), width + 1, outputs)
+            scales = (scale[which] ** power for scale in (along, beside, bends))
+            lengths, others, biases = scales
+            return torch.cat([axes.stretched(heads[:, :-1], lengths, others), heads[:, -1:] * biases], dim=1)
 
         def objective(points: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            heads = points.view(len(points), width + 1, outputs) * scale[which]
-            weights = heads[:, :width].permute(1, 0, 2).reshape(width, -1)
-            products = torch.cat([block @ weights for _, block in x.blocks()])
-            logits = products.view(len(x), len(points), outputs) + heads[:, width]
-            logits.requires_grad_()
-            problems = which.tolist()
-            with torch.enable_grad():
-                losses = torch.stack(
-                    [self._mean_loss(logits[:, i], rows[b]) / unit[b] for i, b in enumerate(problems)]
-                )
-                (slopes,) = torch.autograd.grad(losses.sum(), logits)
-            values = losses.detach() + penalty[which] / 2 * heads[:, :width].square().sum(dim=(1, 2))
-            flat = slopes.view(len(x), -1)
-            products = torch.stack([block.T @ flat[part] for part, block in x.blocks()]).sum(dim=0)
-            down = products.view(width, len(points), outputs).permute(1, 0, 2)
-            down = down + penalty[which][:, None, None] * heads[:, :width]
-            gradient = torch.cat([down, slopes.sum(dim=0)[:, None]], dim=1) * scale[which]
-            return values, gradient.reshape(len(points), -1)
+            heads = stretched(points, which)
+            some = [rows[b] for b in which.tolist()]
+            losses, slopes = self._losses(heads, some, unit[which])
+            values = losses + penalty[which] / 2 * heads[:, :-1].square().sum(dim=(1, 2))
+            slopes[:, :-1] += penalty[which][:, None, None] * heads[:, :-1]
+            return values, stretched(slopes.flatten(1), which).flatten(1)
 
-        heads = torch.zeros(len(rows), width + 1, outputs, device=x.device) if start is None else start
-        found = minimise(objective, (heads / scale).flatten(1), tolerance=tolerance)
-        return found.view_as(heads) * scale
+        everyone = torch.arange(len(rows), device=x.device)
+        if start is None:
+            start = torch.zeros(len(rows), width + 1, outputs, device=x.device)
+        begin = stretched(start.flatten(1), everyone, 0.5)
+        return stretched(minimise(objective, begin.flatten(1), tolerance=tolerance), everyone)
+
+    def _losses(
+        self, heads: torch.Tensor, rows: Sequence[torch.Tensor], unit: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean losses (B,) of heads (B, W + 1, K) on their rows, in units, and their slopes by the heads."""
+        x, (count, width, outputs) = self._axes.rows, heads.shape
+        weights = heads[:, :-1].permute(1, 0, 2).reshape(width - 1, -1)
+        values, down = unit.new_zeros(count), torch.zeros_like(weights)
+        sums = unit.new_zeros(count, outputs)
+        for part, block in x.blocks(beside=count * outputs):
+            logits = (block @ weights).view(len(block), count, outputs) + heads[:, -1]
+            logits.requires_grad_()
+            with torch.enable_grad():
+                losses = torch.stack([
+                    self._share(logits[:, i], rows[i], part) / unit[i] for i in range(count)
+                ])  # fmt: skip
+                (slopes,) = torch.autograd.grad(losses.sum(), logits)
+            values += losses.detach()
+            down += block.T @ slopes.view(len(block), -1)
+            sums += slopes.sum(dim=0)
+        by_head = down.view(width - 1, count, outputs).permute(1, 0, 2)
+        return values, torch.cat([by_head, sums[:, None]], dim=1)
+
+    def _share(self, logits: torch.Tensor, rows: torch.Tensor, part: slice) -> torch.Tensor:
+        """What the rows within a block, of logits (n, K), add to the mean loss of all of them (m,)."""
+        if len(logits) == len(self.targets):
+            return self.loss(self.output(logits[rows]), self.targets[rows])
+        ends = torch.tensor([part.start, part.start + len(logits)], device=rows.device)
+        first, end = torch.searchsorted(rows, ends).tolist()
+        if first == end:
+            return logits.sum() * 0
+        here = rows[first:end]
+        share: float = (end - first) / len(rows)
+        return share * self.loss(self.output(logits[here - part.start]), self.targets[here])
+
+    def _loss_at_zero(self, rows: torch.Tensor) -> torch.Tensor:
+        """The mean loss of a head that says nothing."""
+        found = torch.zeros((), device=rows.device)
+        for part, share in self._pieces(len(rows)):
+            here = rows[part]
+            nothing = torch.zeros(len(here), self.num_outputs, device=rows.device)
+            found = found + self.loss(self.output(nothing), self.targets[here]) * share
+        return found
 
     @cached_property
     def _curvature(self) -> float:
         """The loss' second derivative by one logit, times rows, on average at zero (Hutchinson 1989)."""
-        logits = torch.zeros(
-            len(self.features), self.num_outputs, device=self.targets.device, requires_grad=True
-        )
-        signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-        signs = signs.to(logits.device)
-        with torch.enable_grad():
-            loss = self.loss(self.output(logits), self.targets)
-            (slopes,) = torch.autograd.grad(loss, logits, create_graph=True)
-            (bends,) = torch.autograd.grad((slopes * signs).sum(), logits, allow_unused=True)
-        found = 0.0 if bends is None else float((bends * signs).sum()) / self.num_outputs
+        place, random, found = self.targets.device, torch.Generator().manual_seed(0), 0.0
+        for part, share in self._pieces(len(self.targets)):
+            targets = self.targets[part]
+            logits = torch.zeros(len(targets), self.num_outputs, device=place, requires_grad=True)
+            signs = (torch.randint(0, 2, logits.shape, generator=random) * 2.0 - 1).to(place)
+            with torch.enable_grad():
+                loss = self.loss(self.output(logits), targets) * share
+                (slopes,) = torch.autograd.grad(loss, logits, create_graph=True)
+                (bends,) = torch.autograd.grad((slopes * signs).sum(), logits, allow_unused=True)
+            found += 0.0 if bends is None else float((bends * signs).sum()) / self.num_outputs
         return max(found, 1e-6)
 
-    def _mean_loss(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return self.loss(self.output(logits[rows]), self.targets[rows])
-
-    def answers(self, head: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, K) of one head (D + 1, K) for some rows."""
-        return self.output(self.features.take(rows) @ head[:-1] + head[-1])
+    def _pieces(self, count: int) -> Iterator[tuple[slice, float]]:
+        """Slices of `count` rows whose outputs are held at a time, and their shares of all."""
+        size = max(1, BLOCK // self.num_outputs)
+        for start in range(0, count, size):
+            end = min(start + size, count)
+            yield slice(start, end), (end - start) / count
 
 
 @dataclass(frozen=True)
@@ -167,20 +222,15 @@ def cross_validate(problem: Problem, folds: torch.Tensor) -> CrossValidated:
     Args:
         folds: (N,) number of the fold that each row is held out in.
     """
-    found: dict[int, CrossValidated] = {}
-
-    def loss_at(place: int, start: int | None) -> float:
-        if place not in found:
-            heads = None if start is None else found[start].heads
-            found[place] = _held_out(problem, folds, GRID[place], heads)
-        return found[place].loss
-
-    loss_at(FIRST, None)
+    best, at, tried = _held_out(problem, folds, GRID[FIRST], None), FIRST, {FIRST}
     for stride in (-2, 2, -1, 1):
-        best = min(found, key=lambda place: found[place].loss)
-        while 0 <= best + stride < len(GRID) and loss_at(best + stride, best) < found[best].loss:
-            best += stride
-    return min(found.values(), key=lambda one: one.loss)
+        while 0 <= at + stride < len(GRID) and at + stride not in tried:
+            tried.add(at + stride)
+            one = _held_out(problem, folds, GRID[at + stride], best.heads)
+            if one.loss >= best.loss:
+                break
+            best, at = one, at + stride
+    return best
 
 
 def _held_out(
@@ -193,7 +243,7 @@ def _held_out(
     for head, name in zip(heads, names, strict=True):
         rows = torch.nonzero(folds == name)[:, 0]
         outputs[rows] = problem.answers(head, rows)
-    return CrossValidated(penalty, outputs, float(problem.loss(outputs, problem.targets)), heads)
+    return CrossValidated(penalty, outputs, problem.mean_loss(outputs), heads)
 
 
 def stratified_folds(targets: Sequence[object], groups: Sequence[int], seed: int) -> torch.Tensor:
@@ -216,46 +266,3 @@ def stratified_folds(targets: Sequence[object], groups: Sequence[int], seed: int
     for place, unit in enumerate(order):
         folds[members[unit]] = place % FOLDS
     return folds
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Features in the coordinates of their principal axes.
-
-    Attributes:
-        basis: (D, A), orthonormal.
-        rows: the features (N, A) along the axes.
-        squares: mean square (A,) along each.
-    """
-
-    basis: torch.Tensor
-    rows: Rows
-    squares: torch.Tensor
-
-
-def principal_axes(features: Rows) -> Axes:
-    """The axes of what the rows span: at most as many as rows.
-
-    The optimum under an L2 penalty lies in their span, and along them the loss of a linear head bends
-    about as much as the features scatter, which makes the steps of a minimiser the right ones.
-    """
-    x, count = features.features, len(features)
-    if features.is_small and count < x.shape[1] and bool(x.any()):
-        values, vectors = _eigen(x @ x.T)
-        is_sound = values > 1e-6 * values[-1]
-        values, basis = values[is_sound], x.T @ (vectors[:, is_sound] * values[is_sound].rsqrt())
-    else:
-        values, basis = _eigen(sum((block.T @ block for _, block in features.blocks()), torch.zeros(())))
-    along = (
-        Rows(x @ basis, lambda part: part, features.device)
-        if features.is_small
-        else Rows(x, lambda part: features.norm(part) @ basis, features.device, limit=0)
-    )
-    return Axes(basis, along, values.clamp_min(0) / count)
-
-
-def _eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, ascending, and vectors of a symmetric matrix; Apple's GPUs leave that to the CPU."""
-    place = matrix.device
-    values, vectors = torch.linalg.eigh(matrix.cpu() if place.type == "mps" else matrix)
-    return values.to(place), vectors.to(place)

@@ -7,9 +7,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 from tlauto.training.batches import to_device
+from tlauto.training.stored import Stored
 
-ON_DEVICE = 2**30  # bytes of features that are kept on the device as a whole
-BLOCK = 8192  # rows scaled at a time when they are not
+IN_MEMORY = 2**27
+"""Bytes of scaled features that are kept as a whole in main memory: a fraction of what Python and
+PyTorch take themselves. More are scaled as they are read, so memory does not grow with the images."""
+
+ON_DEVICE = 2**30
+"""The same for the memory of a GPU."""
+
+BLOCK = 2**21  # numbers handled at a time where they are not: 8 MiB in single precision
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
@@ -19,27 +26,51 @@ class Rows:
 
     Up to `limit` bytes are scaled and moved to the device once, as a whole; more stay mapped from
     the cache.
+
+    Attributes:
+        shape: of all.
+        whole: all of them, scaled, where they are small.
     """
 
     def __init__(
-        self, features: torch.Tensor, norm: Norm, device: torch.device, *, limit: int = ON_DEVICE
+        self, features: Stored, norm: Norm, device: torch.device, *, limit: int | None = None
     ) -> None:
-        self.device, self.norm = device, norm
-        self.is_small = features.element_size() * features.numel() <= limit
-        self.features = self.norm(features.to(self.device)) if self.is_small else features
+        if limit is None:
+            limit = IN_MEMORY if device.type == "cpu" else ON_DEVICE
+        self.device, self.norm, self.shape = device, norm, features.shape
+        is_small = 4 * len(features) * features.row_numbers <= limit
+        self.features = features
+        self.whole = norm(features.tensor().to(device)) if is_small else None
 
     def __len__(self) -> int:
-        return len(self.features)
+        return self.shape[0]
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """The scaled features (B, C) or (B, C, H, W) of these rows, on the device."""
-        taken = self.features.index_select(0, rows.to(self.features.device))
-        return taken if self.is_small else self.norm(to_device(taken, self.device))
+        if self.whole is not None:
+            return self.whole.index_select(0, rows.to(self.device))
+        return self.norm(to_device(self.features.take(rows.cpu()), self.device))
 
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """All rows in order, as slices with their scaled features on the device."""
-        size = len(self) if self.is_small else BLOCK
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            features = self.features[part]
-            yield part, features if self.is_small else self.norm(to_device(features, self.device))
+    def blocks(self, *, beside: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows in order, as slices with their scaled features on the device.
+
+        Args:
+            beside: numbers that a row becomes, such as logits: many make the blocks smaller.
+        """
+        size = self._block(beside)
+        if self.whole is not None:
+            for start in range(0, len(self), size):
+                yield slice(start, start + size), self.whole[start : start + size]
+            return
+        for part, features in self.features.blocks(size):
+            yield part, self.norm(to_device(features, self.device))
+
+    def batches(self, rows: torch.Tensor, *, beside: int = 0) -> Iterator[torch.Tensor]:
+        """The scaled features of these rows (n,) in blocks."""
+        for some in torch.split(rows, self._block(beside)):
+            yield self.take(some)
+
+    def _block(self, beside: int) -> int:
+        """Rows at a time; those that are in memory already take no more by being read."""
+        width = self.features.row_numbers if self.whole is None else 1
+        return max(1, BLOCK // max(width, beside, 1))

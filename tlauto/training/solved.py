@@ -13,6 +13,7 @@ from tlauto.errors import TrialError
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
 from tlauto.training.model import GRID, LEVELS, Kind, Readout
 from tlauto.training.rows import Rows
+from tlauto.training.stored import Stored
 from tlauto.training.trial import Fitted, Trial
 
 ALONE = 1e-2
@@ -37,11 +38,15 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
     if len(torch.unique(folds)) < 2:
         return _Solving(trial, trial.kind).fitted(ALONE)
     further: tuple[Kind, ...] = (LEVELS, GRID) if trial.source.facts.widths.levels else ()
-    tried = [_Solving(trial, kind) for kind in (trial.kind, *further)]
-    found = [cross_validate(one.problem, folds) for one in tried]
-    best = min(range(len(tried)), key=lambda i: found[i].loss)
-    start = tried[0].state(found[0]) if best and trial.selects else None
-    return tried[best].fitted(found[best].penalty, found[best], start)
+    pooled = best = _Solving(trial, trial.kind)
+    of_pooled = of_best = cross_validate(best.problem, folds)
+    for kind in further:  # one after the other: features of all kinds at once would take more memory
+        one = _Solving(trial, kind)
+        found = cross_validate(one.problem, folds)
+        if found.loss < of_best.loss:
+            best, of_best = one, found
+    start = pooled.state(of_pooled) if best is not pooled and trial.selects else None
+    return best.fitted(of_best.penalty, of_best, start)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class _Solving:
     kind: Kind
 
     @cached_property
-    def train(self) -> torch.Tensor:
+    def train(self) -> Stored:
         return self.trial.source.features(self.trial.spec.fit_on, self.kind)
 
     @cached_property
@@ -100,8 +105,9 @@ class _Solving:
         valid = Rows(features, self.readout.norm, trial.device)
         everything = torch.arange(len(self.train), device=trial.device)
         with torch.no_grad():
-            logits = self.readout.eval().answer(valid.take(torch.arange(len(valid))))
-            train_loss = float(trial.loss(self.problem.answers(head, everything), self.targets))
+            batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
+            logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
+            train_loss = self.problem.mean_loss(self.problem.answers(head, everything))
         held_out = None if found is None else trial.task.predict(found.outputs.float().cpu().numpy())
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
         found_here = trial.evaluate(logits, 1)

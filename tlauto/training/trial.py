@@ -18,6 +18,7 @@ from tlauto.training.checkpoint import start_from
 from tlauto.training.features import FeatureSource, sample_indices
 from tlauto.training.model import GRID, LEVELS, Kind, Readout, build_readout
 from tlauto.training.params import Settings, read
+from tlauto.training.stored import Stored
 from tlauto.training.tasks import find_task
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -61,13 +62,13 @@ class Trial:
         widths = self.source.facts.widths
         return build_readout(widths, self.head, self.settings.head, self.num_outputs, kind)
 
-    def initialise(self, readout: Readout, train: torch.Tensor) -> None:
+    def initialise(self, readout: Readout, train: Stored) -> None:
         """Measure the scaling of features and targets, or take it over from another trial."""
         if self.task.name == "regression":
             readout.output.measure(torch.from_numpy(self.train_targets))
         init = self.spec.init_head
         if init is None or not start_from(readout, Path(init), self.spec):
-            readout.norm.measure(train[sample_indices(len(train))])
+            readout.norm.measure(train.take(torch.tensor(sample_indices(len(train)))))
 
     @property
     def selects(self) -> bool:
