@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,3 +337,17 @@ def test_reading_again_and_examining_is_deterministic(tmp_path: Path) -> None:
 def test_reading_is_refused_before_any_image_is_opened(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         examined(tmp_path)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """Thumbnails go to a file; no file of the process may grow beyond 2 kB here."""
+    root = scenes(tmp_path / "data")
+    code = (
+        "import resource, signal, sys; from tlauto.data import examine, read\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\n"
+        "examine(read(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=False)
+    assert "DataError: cannot keep thumbnails in" in done.stderr
+    assert "set TMPDIR" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from tlauto.data.images import decode
 from tlauto.data.memory import Memory, Stamp, stamp_of
@@ -108,19 +109,17 @@ def check_files(
     look, on disk: together they would take more memory than all else that is known of the images.
     """
     checks: list[FileCheck] = []
-    looks = _new_looks(len(files))
-    with Memory(memory) as known, warnings.catch_warnings():
+    with tempfile.TemporaryFile(buffering=0) as looks, Memory(memory) as known, warnings.catch_warnings():
         # Pillow warns of odd metadata and of very large images; both are decoded all the same.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         done = sum(stamp_of(file) in known for file in files) if progress else 0
         for check, is_new in _checked(files, known, workers or min(16, available_cores())):
-            if check.look:
-                looks[len(checks)] = bytearray(base64.b64decode(check.look))
+            _keep(looks, base64.b64decode(check.look) or bytes(LOOK_BYTES))
             checks.append(replace(check, look=""))
             if progress and is_new:
                 done += 1
                 progress(done, len(files))
-    return checks, looks
+        return checks, _mapped(looks, len(files))
 
 
 def _checked(files: Sequence[str], known: Memory, workers: int) -> Iterator[tuple[FileCheck, bool]]:
@@ -156,12 +155,25 @@ def _recalled(known: Memory, stamp: Stamp) -> FileCheck | None:
     return None
 
 
-def _new_looks(count: int) -> Array:
+def _keep(looks: IO[bytes], look: bytes) -> None:
+    # Written as a stream, not through a memory map: a full disk is then an error, not a crash.
+    try:
+        if looks.write(look) < len(look):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        raise DataError(
+            f"cannot keep thumbnails in {folder}: {error.strerror}; make room there or set TMPDIR"
+        ) from None
+
+
+def _mapped(looks: IO[bytes], count: int) -> Array:
     import numpy as np
 
-    # Nameless, so that it goes with the last who uses it.
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, np.uint8, "w+", shape=(max(1, count), LOOK_BYTES))[:count]
+    if not count:
+        return np.empty((0, LOOK_BYTES), np.uint8)
+    # The file has no name: it goes with the last who has it mapped.
+    return np.memmap(looks, np.uint8, "r", shape=(count, LOOK_BYTES))
 
 
 def memory_file(root: str | Path) -> Path:

@@ -47,11 +47,7 @@ def examine(
         kind=raw.kind,
         task=raw.task,
         total=len(raw.records),
-        unreadable=tuple(
-            (record.path, check.problem)
-            for record, check in zip(raw.records, checks, strict=True)
-            if check.problem
-        ),
+        unreadable=tuple((r.path, c.problem) for r, c in zip(raw.records, checks, strict=True) if c.problem),
         strays=raw.strays,
         hidden=raw.hidden,
         exact=_paths(records, found.exact),
