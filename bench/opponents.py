@@ -33,14 +33,22 @@ def search(name: str, recordings: Recordings, *, seed: int, budget: float) -> Si
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler, pruner = OPPONENTS[name]
     study = optuna.create_study(
-        direction="maximize", sampler=sampler(seed), pruner=pruner(recordings.table.header["epochs"])
+        study_name=f"{name}-{seed}",  # Hyperband draws its brackets by it
+        direction="maximize",
+        sampler=sampler(seed),
+        pruner=pruner(recordings.table.header["epochs"]),
     )
     loop = _Loop(Simulated([], Account(recordings, budget)))
-    try:
-        study.optimize(loop.objective, catch=(_Failed,))
-    except Ended:
-        return loop.simulated
-    raise RuntimeError("a search without a limit ended before its time was up")
+    while True:
+        trial = study.ask()
+        try:
+            study.tell(trial, loop.objective(trial))
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        except _Failed:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        except Ended:
+            return loop.simulated
 
 
 class _Failed(Exception):

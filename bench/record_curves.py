@@ -110,6 +110,7 @@ def open_data(args: argparse.Namespace, work: Path) -> tuple[Plan, Dataset, dict
     config = SearchConfig(
         data=str(Path(args.data).resolve()), out=str(work), study="curves", preset=PRESET,
         backbones=tuple(args.backbones.split(",")) if args.backbones else (), devices="cpu", workers=0,
+        strategies=tuple(args.shares),
         seed=args.seed, weights_dir=args.weights_dir, offline=args.offline, pretrained=args.pretrained,
         allow_leaks=True,
     )  # fmt: skip
