@@ -6,14 +6,16 @@
 
 Every policy starts from the same table of real trials (`record_curves.py`) and pays the recorded seconds
 of whatever it lets run, a backbone's first pass over the images included. tlauto is its real coordinator
-loop (`replay.py`); the others are TPE with Hyperband, TPE alone and random search, as Optuna's
-documentation shows them (`opponents.py`). The budget is what `--trials` trials of random search cost on
-average: strategies are equally likely there, whatever their shares in the table.
+loop (`replay.py`) as a search with `--trials` runs it, without refits and bundles at no cost; the others
+are TPE with Hyperband, TPE alone and random search, as Optuna's documentation shows them (`opponents.py`).
+The budget is what `--trials` trials of random search cost on average, where strategies are equally
+likely whatever their shares in the table, and one pass of every backbone over the images.
 
 At a share of the budget a policy is asked for the trial that it would ship. Its regret is the best test
 score in the table minus that trial's, over the best minus the median configuration's; without a trial
 yet it is 1. A trial that was stopped early counts with the test score of its whole course. A simulated
-search that has used up all recorded trials of the strategy it wants ends there (column `ended`).
+search that has used up all recorded trials of the strategy it wants ends there (column `ended`): with many
+of those the table is too small for the budget.
 
 `--set NAME=VALUE` changes a constant of tlauto's policy by its dotted name (`rungs.FIRST=4`); `--vary
 NAME=VALUE,VALUE` compares values of one. A module that imported the constant by name keeps its own.
@@ -23,6 +25,7 @@ Prints tables for bench/RESULTS.md; the last line of standard output is one JSON
     policy_regret_ratio    tlauto's mean regret over TPE+Hyperband's at 25 % of the budget
     policy_regret_ratio_low, policy_regret_ratio_high
                            its 95 % interval, by bootstrap over the seeds
+    ended                  simulated searches that ran out of recorded trials, by policy
     simulations_a_minute   simulated searches, all processes together
 """
 
@@ -123,6 +126,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "seeds": args.seeds,
         "tables": {name: len(load(path).rows) for name, path in zip(found[OURS], tables, strict=True)},
         "budget_trials": args.trials,
+        "ended": {policy: sum(o.is_exhausted for o in every(tables)) for policy, tables in found.items()},
         "simulations_a_minute": round(len(jobs) / minutes, 1),
     }
 
@@ -232,15 +236,19 @@ def show(found: Outcomes, shares: Sequence[float], args: argparse.Namespace) -> 
     print("|---" * (len(heads) + 3) + "|")
     for policy, tables in found.items():
         cells = [interval(tables, place) for place in range(len(shares))]
-        every = [outcome for outcomes in tables.values() for outcome in outcomes]
-        trials = statistics.mean(outcome.trials for outcome in every)
-        ended = sum(outcome.is_exhausted for outcome in every)
+        trials = statistics.mean(outcome.trials for outcome in every(tables))
+        ended = sum(outcome.is_exhausted for outcome in every(tables))
         print(f"| {policy} | {' | '.join(cells)} | {trials:.0f} | {ended} |")
     print(f"\n| {heads[0]} | {' | '.join(found[OURS])} |")
     print("|---" * (len(found[OURS]) + 1) + "|")
     for policy, tables in found.items():
         means = [f"{regrets(outcomes, 0).mean():.3f}" for outcomes in tables.values()]
         print(f"| {policy} | {' | '.join(means)} |")
+
+
+def every(tables: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
+    """A policy's simulated searches over all tables."""
+    return [outcome for outcomes in tables.values() for outcome in outcomes]
 
 
 def interval(tables: Mapping[str, Sequence[Outcome]], place: int) -> str:

@@ -117,13 +117,17 @@ class Account:
     trials: list[tuple[int, int, int, float]] = field(default_factory=list)
     is_exhausted: bool = False
 
+    def check(self) -> None:
+        """Raise Ended when the time is up."""
+        if self.seconds >= self.budget:
+            raise Ended
+
     def take(self, point: Mapping[str, Scalar]) -> Recorded:
         """The nearest configuration that was not taken before, and pay for a backbone's first pass.
 
         Raises: Ended when the time is up, or none of the point's strategy is left.
         """
-        if self.seconds >= self.budget:
-            raise Ended
+        self.check()
         distances = self.recordings.distances(point)
         distances[list(self.used)] = np.inf
         nearest = int(distances.argmin())
@@ -260,6 +264,7 @@ class ReplayPool:
     def _find(self, spec: TrialSpec) -> tuple[Recorded, int]:
         """The row that answers a trial, and the epochs that are done if it goes on."""
         if spec.resume_from:
+            self.account.check()
             state = json.loads(Path(spec.resume_from).read_text())
             return self.rows[state["trial"]], int(state["epochs"])
         point = {"backbone": spec.backbone, "strategy": spec.strategy, "head": spec.head, **spec.params}
