@@ -10,7 +10,7 @@ from tlauto.errors import ConfigError, StoreError
 from tlauto.plugins import registry
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store
-from tlauto.study import INTERRUPTED, Study
+from tlauto.study import INTERRUPTED, MEMORY, Study
 
 BACKBONES = ("timm:a", "timm:b", "keras:C", "torchvision:d")
 
@@ -49,6 +49,20 @@ def test_a_proposal_depends_on_the_record_not_on_the_process(url: str, tmp_path:
         return seen
 
     assert propose("whole", reopen=False) == propose("stopped", reopen=True)
+
+
+def test_a_study_in_memory_proposes_and_records_the_same_as_one_in_a_file(url: str) -> None:
+    def trace(place: str) -> list[tuple[object, ...]]:
+        study, space = Study(place, "s", seed=3, create=True), make_space()
+        study.enqueue(space.defaults(), purpose="probe")
+        for i in range(12):
+            record = study.ask(space, kept={"strategy": ("full", "partial")} if i % 2 else None)
+            study.report(record.number, 1, 0.1 * i)
+            study.note(record.number, stopped="paused")
+            study.tell(record.number, 0.1 * (i % 5), is_pruned=i % 3 == 0)
+        return [(t.number, t.state, dict(t.params), t.score, t.attrs, t.reports) for t in study.trials()]
+
+    assert trace(MEMORY) == trace(url)
 
 
 def test_a_point_takes_only_the_parameters_that_apply(url: str) -> None:

@@ -72,14 +72,15 @@ class _Loop:
     failures: int = 0
 
 
-def run(config: SearchConfig, *, emit: Emit = ignore) -> tuple[Session, bool]:
+def run(config: SearchConfig, *, emit: Emit = ignore, session: Session | None = None) -> tuple[Session, bool]:
     """Search until the totals are reached or the user stops it.
 
+    Args: session: one of this `config` that is open already, such as that of a replay.
     Returns: the session, its workers ended, and whether it was interrupted. The best model so far
     is in the study's folder in either case.
     Raises: TlautoError of the fitting kind.
     """
-    session = open_session(config, emit=emit)
+    session = session or open_session(config, emit=emit)
     interrupted = threading.Event()
     state = "interrupted"
     with _signals(interrupted), session.study.explaining():

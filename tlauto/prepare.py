@@ -289,13 +289,18 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
     store.update_config(name, dataclasses.replace(config, study=name, new=False).to_json())
     study = Study(store.url, name, seed=config.seed, create=True)
     if not study.trials():
-        for params, purpose in plan.first_points(config.max_trials):
-            study.enqueue(without_fixed(params, plan.space), purpose=purpose)
+        propose_first(study, plan)
     rows = store.trials(name)
     for number in study.requeue_interrupted():
         if number in rows:
             store.fail_trial(name, number, kind=INTERRUPTED, message="the search was stopped during it")
     return study
+
+
+def propose_first(study: Study, plan: Plan) -> None:
+    """Propose the points that a new study begins with."""
+    for params, purpose in plan.first_points(plan.config.max_trials):
+        study.enqueue(without_fixed(params, plan.space), purpose=purpose)
 
 
 def _write_dataset(plan: Plan, dataset: Dataset) -> None:

@@ -31,6 +31,9 @@ OUT_OF_TIME = "out of time"
 ORIGIN = ("purpose", "from_study")
 """Attributes that say why a trial is run; one that is proposed again keeps them."""
 
+MEMORY = "memory"
+"""In place of a database's URL: the study is gone with its object, as a simulation wants it."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -268,7 +271,9 @@ class _TunedConnection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL")
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
+def _storage(url: str) -> optuna.storages.BaseStorage:
+    if url == MEMORY:
+        return optuna.storages.InMemoryStorage()
     arguments = {"timeout": 60, "factory": _TunedConnection} if url.startswith("sqlite") else {}
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
@@ -277,7 +282,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
         raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
 
 
-def _exists(storage: optuna.storages.RDBStorage, name: str, *, create: bool) -> bool:
+def _exists(storage: optuna.storages.BaseStorage, name: str, *, create: bool) -> bool:
     """Whether our study of that name exists; raises StoreError when it is another's or must exist."""
     found = [s for s in optuna.get_all_study_summaries(storage) if s.study_name == name]
     if found and found[0].user_attrs.get("tlauto_format") != FORMAT:
