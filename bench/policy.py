@@ -146,7 +146,8 @@ def variants(args: argparse.Namespace) -> dict[str, Settings]:
     base = tuple(constant(text) for text in args.set)
     found: dict[str, Settings] = {OURS: base}
     for text in args.vary:
-        name, values = constant(text.partition("=")[0] + "=[" + text.partition("=")[2] + "]")
+        name, _, listed = text.partition("=")
+        name, values = constant(f"{name}=[{listed}]" if listed else text)
         found |= {f"{OURS} {name}={value}": (*base, (name, value)) for value in values}
     return found | dict.fromkeys(OPPONENTS, ())
 

@@ -213,15 +213,15 @@ class Recorder:
         self.path = path
         self.known = {row.number: row for row in table.rows}
         self.probes: dict[str, tuple[Path, float]] = {}
+        self.warmed: set[str] = set()
 
     def need(self, number: int, point: Point, purpose: str) -> None:
         """Record a point unless that was done; a probe's head must be there in any case."""
         spec = self.spec(number, point, purpose)
         is_missing = number not in self.known
         folder = Path(spec.folder)
-        if is_missing and spec.backbone not in self.table.header["features_seconds"]:
-            self.table.header["features_seconds"][spec.backbone] = self.features(spec)
         if is_missing:
+            self.warm(spec)
             self.known[number] = self.run(spec)
             self.table.rows.append(self.known[number])
             self.table.save(self.path)
@@ -238,10 +238,25 @@ class Recorder:
     def spec(self, number: int, point: Point, purpose: str) -> TrialSpec:
         """What a search would have a worker do, without anything that ends it early."""
         spec = self.plan.spec(TrialRecord(number, "running", point, None, {"purpose": purpose}), [])
+        # A cache of its own: what a backbone costs must not depend on which came before.
+        spec = dataclasses.replace(spec, cache=str(Path(spec.cache, spec.backbone.replace(":", "-"))))
         if not trains_backbone(registry().strategy(spec.strategy)):
             return spec
         head = self.probes.get(spec.backbone)
         return dataclasses.replace(spec, patience=0, init_head=str(head[0]) if head else None)
+
+    def warm(self, spec: TrialSpec) -> None:
+        """Have the backbone's features cached, and know what a first pass for them takes."""
+        known = self.table.header["features_seconds"]
+        if spec.backbone in self.warmed:
+            return
+        if spec.backbone not in known:
+            shutil.rmtree(spec.cache, ignore_errors=True)  # of a pass that was stopped
+        seconds = self.features(spec)
+        if spec.backbone not in known:
+            known[spec.backbone] = seconds
+            self.table.save(self.path)
+        self.warmed.add(spec.backbone)
 
     def features(self, spec: TrialSpec) -> float:
         """Seconds to decode the images outside the test part and compute their features."""
