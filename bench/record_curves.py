@@ -333,7 +333,7 @@ class Recorder:
             else:
                 readout = trial.readout(kind_of(checkpoint))
                 start_from(readout, checkpoint, spec)
-                logits = readout.eval().read(trial.source.features(["test"], readout.kind))
+                logits = readout.eval().read(trial.source.features(["test"], readout.kind).tensor())
         return trial.evaluate(logits, done.best_epoch).score
 
 
