@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from tests_support import TINY, leaderboard, run
 
 import tlauto
+from tlauto.devices import make_slots
+from tlauto.pool.inprocess import InProcessPool
 
 MIXED = ("timm:test_resnet.r160_in1k", "torchvision:squeezenet1_1", "keras:MobileNet-0.25-128")
 
@@ -114,6 +117,15 @@ def test_a_search_runs_in_this_process_for_a_debugger(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trials"] == 2
     assert not (tmp_path / "tlauto-runs" / "patches" / "logs").exists()
+
+
+def test_a_search_in_this_process_leaves_its_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    before = dict(os.environ)
+    pool = InProcessPool(make_slots("cpu", 1)[0], env={"HF_HUB_OFFLINE": "1"})
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    pool.close()
+    assert dict(os.environ) == before
 
 
 def test_the_python_interface_returns_what_the_command_line_shows(

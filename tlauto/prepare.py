@@ -257,8 +257,7 @@ def _make_pool(config: SearchConfig, slots: Sequence[Slot], folder: Path) -> Poo
     # Read when huggingface_hub is imported, so it must stand in the environment from the start.
     env = {"HF_HUB_OFFLINE": "1"} if config.offline else {}
     if config.workers == 0:
-        os.environ.update(env)
-        return InProcessPool(slots[0])
+        return InProcessPool(slots[0], env=env)
     return LocalPool(slots, logs=folder / "logs", env=env)
 
 

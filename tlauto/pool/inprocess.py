@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tlauto.devices import Slot
 from tlauto.pool.base import Event
@@ -13,10 +13,18 @@ from tlauto.pool.protocol import Message, Stop
 
 
 class InProcessPool:
-    """Runs the worker in a thread. It cannot be killed: closing waits for the trial's next epoch."""
+    """Runs the worker in a thread. It cannot be killed: closing waits for the trial's next epoch.
 
-    def __init__(self, slot: Slot) -> None:
+    Args:
+        env: variables of this process until the pool is closed; then they are what they were before.
+    """
+
+    def __init__(self, slot: Slot, *, env: Mapping[str, str] | None = None) -> None:
         self._slot = slot
+        self._before = {name: os.environ.get(name) for name in {**slot.env, **(env or {})}}
+        os.environ.update(env or {})
+        for name, value in slot.env.items():
+            os.environ.setdefault(name, value)
         self._jobs: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -29,8 +37,6 @@ class InProcessPool:
     def send(self, slot: str, message: Message) -> None:
         """Queue a job or an answer."""
         if self._thread is None:
-            for name, value in self._slot.env.items():
-                os.environ.setdefault(name, value)
             self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
         self._jobs.put(message)
@@ -56,6 +62,11 @@ class InProcessPool:
             self._jobs.put(Stop())
             self._thread.join(grace_s)
             self._thread = None
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
     def _serve(self) -> None:
         from tlauto.worker import serve
