@@ -9,6 +9,7 @@ import pytest
 from tlauto.pace import (
     FEWEST_IMAGES,
     FIRST_PROBES,
+    HEAD_SHARE,
     SCREEN_SHARE,
     STEP_COST,
     TRIAL_SHARE,
@@ -50,6 +51,13 @@ def test_a_frozen_refit_needs_the_features_of_the_test_part() -> None:
     trials = [frozen(0, seconds=20.0), frozen(1, seconds=0.5, purpose="search")]
     # 20 s for 1,000 images, so 10 s for 500; the later trial found its features.
     assert refit_seconds(trials[1], trials, SIZES) == pytest.approx(0.5 + 10)
+
+
+def test_the_refit_of_a_probe_does_not_compute_its_features_again() -> None:
+    trials = [frozen(0, seconds=20.0), frozen(1, backbone="b", seconds=5.0), frozen(2, seconds=8.0)]
+    assert refit_seconds(trials[0], trials, SIZES) == pytest.approx(HEAD_SHARE * 20.0 + 10)
+    assert refit_seconds(trials[1], trials, SIZES) == pytest.approx(HEAD_SHARE * 5.0 + 2.5)
+    assert refit_seconds(trials[2], trials, SIZES) == pytest.approx(8.0 + 10)
 
 
 def test_time_is_held_back_for_the_winner_the_default_and_a_new_worker() -> None:

@@ -28,7 +28,10 @@ FEWEST_EPOCHS = 2
 WORKER_START_S = 12.0
 """For a worker that had to be killed at the end and starts again for the refit."""
 
-MEMBER_SHARE = 0.02
+HEAD_SHARE = 0.2
+"""Part of the seconds of a backbone's first frozen trial that its head took; the features took the rest."""
+
+MEMBER_SHARE = 0.05
 """Part of the whole time that the refit of one further member of an ensemble may take."""
 
 
@@ -62,7 +65,8 @@ def refit_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Size
     """
     seconds, epochs = float(trial.attrs.get("seconds", 0.0)), int(trial.attrs.get("epochs", 1))
     if trial.params.get("strategy") == PROBE_STRATEGY:
-        return min(seconds, 10.0) + _test_seconds(trial, trials, sizes)
+        head = seconds * HEAD_SHARE if _computed_features(trial, trials) else seconds
+        return min(head, 10.0) + _test_seconds(trial, trials, sizes)
     best = int(trial.attrs.get("best_epoch", epochs))
     learned = sizes.train + sizes.val
     return seconds / max(1, epochs) * (best * learned / sizes.train + 1)
@@ -121,6 +125,13 @@ def _feature_seconds(backbone: str, trials: Sequence[TrialRecord], sizes: Sizes)
     if not firsts:
         return None
     return firsts.get(backbone, statistics.median(firsts.values())) / (sizes.train + sizes.val)
+
+
+def _computed_features(trial: TrialRecord, trials: Sequence[TrialRecord]) -> bool:
+    """Whether a frozen trial is the first on its backbone; those after it find its features in the cache."""
+    alike = ("backbone", "strategy")
+    same = [t.number for t in trials if all(t.params.get(name) == trial.params.get(name) for name in alike)]
+    return trial.number == min(same, default=trial.number)
 
 
 def _step_cost(trials: Sequence[TrialRecord], sizes: Sizes) -> float:
