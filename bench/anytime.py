@@ -14,7 +14,7 @@ Seconds count from the start of the process, imports included. Of a search, the 
 best trial that had ended by then, and at its end what it bundles; of the others, the best by validation.
 `cpu s` is user and system time of all processes of a contender, `MiB` the largest sum of their memory.
 
-A dataset takes about 80 minutes. With `--keep FOLDER` each finished result is stored and read again when
+A dataset takes up to 80 minutes. With `--keep FOLDER` each finished result is stored and read again when
 the same is asked for on as many cores, so the bench can be stopped, and done in parts with `--only`.
 Datasets are `--data DIR`, as often as wanted, or those of images with classes in the folder
 TLAUTO_BENCH_DATA; `DIR:20` is a dataset of only 20 images a class to learn from, the same ones every
