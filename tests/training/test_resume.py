@@ -94,6 +94,16 @@ def test_a_state_that_does_not_fit_is_not_used(
     assert ("starts from the beginning" in caplog.text) == (damage != "gone")
 
 
+def test_a_state_that_cannot_be_written_costs_only_the_place_to_go_on(
+    spec: TrialSpec, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(spec.folder, STATE_FILE).mkdir(parents=True)  # it cannot be replaced by a file
+    done = run(replace(spec, strategy="full"), stop_after(1))
+    assert (done.is_pruned, done.epochs) == (True, 1)
+    assert "the state of trial 7 could not be written" in caplog.text
+    assert [file.name for file in Path(spec.folder).iterdir() if "part" in file.name] == []
+
+
 def test_only_what_changed_is_in_the_state(spec: TrialSpec, run: Run) -> None:
     run(replace(spec, strategy="partial", params={"freeze.partial.k": 1}), stop_after(1))
     state = load_file(Path(spec.folder, STATE_FILE))

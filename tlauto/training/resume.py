@@ -33,6 +33,8 @@ SHARE = 0.05
 OTHER_FIELDS = ("number", "dataset", "weights", "folder", "cache", "purpose", "init_head", "resume_from")
 """What may differ between the trial that wrote a state and the one that goes on from it."""
 
+PART = f".{STATE_FILE}.part"
+
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +66,11 @@ class Keeper:
         started = time.monotonic()
         if not is_stopped and self.cost_s > SHARE * (started - self.written):
             return
-        self._write(run, best)
+        try:
+            self._write(run, best)
+        except (OSError, SafetensorError) as error:  # a full disk, say
+            Path(self.spec.folder, PART).unlink(missing_ok=True)
+            _log.warning("the state of trial %d could not be written: %s", self.spec.number, error)
         self.written = time.monotonic()
         self.cost_s = self.written - started
 
@@ -111,8 +117,8 @@ class Keeper:
         folder = Path(self.spec.folder)
         folder.mkdir(parents=True, exist_ok=True)
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, folder / f".{STATE_FILE}.part", {"state": json.dumps(about)})
-        os.replace(folder / f".{STATE_FILE}.part", folder / STATE_FILE)
+        save_file(own, folder / PART, {"state": json.dumps(about)})
+        os.replace(folder / PART, folder / STATE_FILE)
 
 
 def identity(spec: TrialSpec) -> str:
