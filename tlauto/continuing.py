@@ -103,7 +103,8 @@ def forget_files(plan: Plan, trials: Sequence[TrialRecord]) -> None:
     needed = {continues(t) for t in trials if t.state in ("waiting", "running")}
     needed |= {t.number for t in sorted(_paused(trials), key=rank, reverse=True)[:KEPT_STATES]}
     for trial in trials:
-        if trial.state not in ("waiting", "running") and trial.number not in needed:
+        is_over = trial.state not in ("waiting", "running") and trial.number not in needed
+        if is_over and trial.params.get("strategy") in names:
             _state_file(plan, trial.number).unlink(missing_ok=True)
 
 

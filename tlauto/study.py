@@ -1,4 +1,4 @@
-"""The only module that knows Optuna: propose trials, record their course, decide what to prune."""
+"""The only module that knows Optuna: propose trials and record their course."""
 
 from __future__ import annotations
 
