@@ -228,7 +228,7 @@ def test_a_paused_trial_is_promoted_and_pays_for_the_rest_only(table: Table) -> 
         for r in timed(table).rows
     ]  # fmt: skip
     known = replay.Recordings(Table(timed(table).header, rows))
-    runs = [simulate(known, "pausing", seed).account.trials for seed in range(8)]
+    runs = [simulate(known, "pausing", seed).account.trials for seed in range(24)]
     lasts = {last for run in runs for number, _, last, _ in run if len(rows[number].epochs) == 4}
     assert lasts == {2, 4}
     promoted = [(run, trial) for run in runs for trial in run if trial[1] > 1]

@@ -50,7 +50,7 @@ _MODEST: Mapping[str, Scalar] = {"head.mlp.input": "pooled", "probe.solver": "pa
 _BUILT_IN = ("feature_extraction", "partial", "full")
 
 PRESETS = {
-    "fast": Preset(12, 4, 4, 128, _BUILT_IN[:2], _MODEST),
+    "fast": Preset(12, 4, 4, 128, _BUILT_IN[:2], {**_MODEST, "probe.mirror": False}),
     "balanced": Preset(30, 10, 8, 256, _BUILT_IN, _MODEST),
     "best": Preset(100, 16, 30, None),
 }

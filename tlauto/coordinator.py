@@ -133,7 +133,7 @@ def _fill(loop: _Loop) -> None:
 def _enqueue(
     loop: _Loop, trials: Sequence[TrialRecord], strategies: Sequence[str], left: float | None
 ) -> None:
-    """Propose what comes before the sampler: a probe, what won on similar datasets, a paused trial."""
+    """Propose what comes before the sampler: probes, what won on similar datasets, a paused trial."""
     study, plan = loop.session.study, loop.session.plan
     probe = plan.next_probe(trials, spent=_spent(loop))
     warm = [] if probe else plan.next_warm(trials, left)
@@ -142,7 +142,10 @@ def _enqueue(
     for point, earlier in warm:
         study.enqueue(without_fixed(point, plan.space), purpose="warm", from_study=earlier)
         loop.emit(Said(f"tries next what was best in study '{earlier}'"))
-    if probe is None and not warm and (paused := promotion(plan, trials, strategies, left=left)):
+    mirrored = [] if probe or warm else plan.next_mirrored(trials, left)
+    for again in mirrored:
+        study.enqueue(without_fixed(again, plan.space), purpose="mirror")
+    if not (probe or warm or mirrored) and (paused := promotion(plan, trials, strategies, left=left)):
         study.enqueue(paused.params, purpose="promoted", continues=paused.number)
 
 

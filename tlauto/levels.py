@@ -49,6 +49,7 @@ def width_of(shape: tuple[Level, ...], *, kind: str) -> int:
     return sum(level.width if kind == "grid" else level.channels for level in shape)
 
 
-def read_from(features: str | None) -> str:
+def read_from(features: str | None, *, mirror: object = False) -> str:
     """What to say after the name of a head that reads more than a backbone's end; else nothing."""
-    return {"levels": " on all stages", "grid": " on all stages, by quarters"}.get(features or "", "")
+    stages = {"levels": " on all stages", "grid": " on all stages, by quarters"}.get(features or "", "")
+    return f"{stages}, with mirror images" if mirror else stages

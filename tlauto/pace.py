@@ -97,7 +97,7 @@ def affordable_epochs(
 
     Images are a power of two when they are cut, so that trials share cached activations.
     """
-    probe = _feature_seconds(backbone, trials, sizes)
+    probe = feature_seconds(backbone, trials, sizes)
     if probe is None:
         return epochs, images
     cost = probe * _step_cost(trials, sizes)
@@ -116,7 +116,7 @@ def _is_probe(trial: TrialRecord) -> bool:
     return trial.attrs.get("purpose") == "probe"
 
 
-def _feature_seconds(backbone: str, trials: Sequence[TrialRecord], sizes: Sizes) -> float | None:
+def feature_seconds(backbone: str, trials: Sequence[TrialRecord], sizes: Sizes) -> float | None:
     """Seconds to compute one image's features: of the first frozen trial, which did; else the median."""
     firsts: dict[str, float] = {}
     for trial in trials:
@@ -129,7 +129,7 @@ def _feature_seconds(backbone: str, trials: Sequence[TrialRecord], sizes: Sizes)
 
 def _computed_features(trial: TrialRecord, trials: Sequence[TrialRecord]) -> bool:
     """Whether a frozen trial is the first on its backbone; those after it find its features in the cache."""
-    alike = ("backbone", "strategy")
+    alike = ("backbone", "strategy", "probe.mirror")
     same = [t.number for t in trials if all(t.params.get(name) == trial.params.get(name) for name in alike)]
     return trial.number == min(same, default=trial.number)
 
@@ -139,12 +139,13 @@ def _step_cost(trials: Sequence[TrialRecord], sizes: Sizes) -> float:
     ratios = []
     for trial in trials:
         if "image_seconds" in trial.attrs:
-            features = _feature_seconds(str(trial.params.get("backbone")), trials, sizes)
+            features = feature_seconds(str(trial.params.get("backbone")), trials, sizes)
             if features:
                 ratios.append(float(trial.attrs["image_seconds"]) / features)
     return statistics.median(ratios) if ratios else STEP_COST
 
 
 def _test_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Sizes) -> float:
-    features = _feature_seconds(str(trial.params.get("backbone")), trials, sizes)
-    return (features or 0.0) * sizes.test
+    features = feature_seconds(str(trial.params.get("backbone")), trials, sizes)
+    passes = 2 if trial.params.get("probe.mirror") else 1
+    return (features or 0.0) * sizes.test * passes

@@ -64,5 +64,12 @@ FEATURES_SPACE: Space = {"features": Choice(FEATURES, "pooled")}
 no such parameter: it tries all three.
 """
 
+MIRROR_SPACE: Space = {"mirror": Choice((False, True), False)}
+"""Parameters `probe.*` of all trials on cached features.
+
+`mirror` reads the mean of the features of an image and of its mirror image, in training and in use. It
+helps where left and right mean the same and takes a second forward pass; cross-validation shows which.
+"""
+
 PROBE_SPACE: Space = {"batch_size": Int(16, 256, default=64, log=True)}
 """Parameters `probe.*` of other trials on cached features."""

@@ -13,6 +13,7 @@ from tlauto import metrics
 from tlauto.allocation import cost_of, pick_strategy
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
+from tlauto.mirrored import mirror_points
 from tlauto.pace import (
     FEWEST_EPOCHS,
     FEWEST_IMAGES,
@@ -120,6 +121,16 @@ class Plan:
             tried=[t.params for t in trials],
             trials=self.config.max_trials,
         )
+
+    def next_mirrored(self, trials: Sequence[TrialRecord], left: float | None) -> list[dict[str, Scalar]]:
+        """The best backbones' probes on mirror images as well: once, when every probe has ended.
+
+        Args:
+            left: as for `spec`.
+        """
+        most = self.config.max_trials
+        ranked = ranked_probes(trials)
+        return mirror_points(self.space, trials, ranked, sizes=self.sizes, left=left, most_trials=most)
 
     def default_recipe(self) -> dict[str, Scalar]:
         """What one would do without a search: fine-tune the best-known backbone, on a CPU its last stages."""
@@ -234,8 +245,7 @@ def kept_backbones(backbones: Sequence[str], trials: Sequence[TrialRecord], *, s
     Args:
         backbones: of the search, the default first.
     """
-    probes = [t for t in trials if _is_probe(t) and t.state == "complete"]
-    ranked = [str(t.params["backbone"]) for t in sorted(probes, key=rank, reverse=True)]
+    ranked = [str(t.params["backbone"]) for t in ranked_probes(trials)]
     if not ranked:
         return tuple(backbones)
     failed = {str(t.params["backbone"]) for t in trials if _failed_probe(t)}
@@ -246,10 +256,14 @@ def kept_backbones(backbones: Sequence[str], trials: Sequence[TrialRecord], *, s
     return tuple(dict.fromkeys(kept))
 
 
+def ranked_probes(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The complete probes, the best first."""
+    return sorted((t for t in trials if _is_probe(t) and t.state == "complete"), key=rank, reverse=True)
+
+
 def probe_scores(trials: Sequence[TrialRecord]) -> dict[str, float]:
     """The score of each backbone's complete probe."""
-    probes = [t for t in trials if _is_probe(t) and t.state == "complete"]
-    return {str(t.params["backbone"]): t.score for t in probes if t.score is not None}
+    return {str(t.params["backbone"]): t.score for t in ranked_probes(trials) if t.score is not None}
 
 
 def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, growth: float) -> TrialSpec:

@@ -65,6 +65,8 @@ class SearchSpace:
         take("", {"head": _choice(self.heads)})
         head = next(h for h in self.heads if h.name == values["head"])
         take("loss", self.loss)
+        if not trains_backbone(strategy):
+            take("probe", recipe.MIRROR_SPACE)
         if is_linear(head) and not trains_backbone(strategy):
             take("probe", recipe.LINEAR_SPACE)
             if values["probe.solver"] == "lbfgs":
@@ -95,7 +97,7 @@ class SearchSpace:
         if any(map(is_linear, self.heads)) and not all(map(trains_backbone, self.strategies)):
             spaces += [("probe", recipe.LINEAR_SPACE), ("probe", recipe.L2_SPACE)]
         if not all(map(trains_backbone, self.strategies)):
-            spaces += [("probe", recipe.FEATURES_SPACE)]
+            spaces += [("probe", recipe.FEATURES_SPACE), ("probe", recipe.MIRROR_SPACE)]
         for owner, space in spaces:
             for name, parameter in space.items():
                 yield f"{owner}.{name}", parameter

@@ -141,7 +141,8 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
         console.print("best      no trial has a score yet", markup=False)
         return
     console.print()
-    what = f"{best.backbone}, {best.strategy}, {best.head}{read_from(best.features)}"
+    read = read_from(best.features, mirror=best.params.get("probe.mirror"))
+    what = f"{best.backbone}, {best.strategy}, {best.head}{read}"
     console.print(f"best      trial {best.number}: {what}", markup=False)
     console.print(f"score     {best.score:.3f} on held-out images", markup=False)
     test = search.test

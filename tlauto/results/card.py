@@ -107,7 +107,7 @@ def _training(manifest: Manifest) -> str:
     facts = [
         ("backbone", f"{_plain(manifest.backbone.id)} (pretraining: {pretraining})"),
         ("strategy", spec.strategy),
-        ("head", spec.head + read_from(manifest.features)),
+        ("head", spec.head + read_from(manifest.features, mirror=manifest.mirror)),
         ("images", f"{manifest.input.size} x {manifest.input.size} pixels"),
         ("seed", str(spec.seed)),
         *((name, _scalar(value)) for name, value in sorted(spec.params.items())),

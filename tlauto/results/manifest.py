@@ -16,7 +16,9 @@ from tlauto.data.dataset import Dataset
 from tlauto.errors import ConfigError, DataError
 
 FORMAT = "tlauto model bundle"
-FORMAT_VERSION = 3  # 2: `ensemble`, 3: `features`; only where they are, so that older versions read the rest
+FORMAT_VERSION = 4
+"""2: `ensemble`, 3: `features`, 4: `mirror`; only where they are, so that older versions read the rest."""
+
 MANIFEST_FILE = "tlauto.json"
 TASKS = ("multiclass", "multilabel", "regression")
 
@@ -97,9 +99,14 @@ class Manifest:
     ensemble: Ensemble | None = None
     features: Literal["levels", "grid"] | None = None
 
+    @property
+    def mirror(self) -> bool:
+        """Whether the head reads the mean of the features of an image and of its mirror image."""
+        return bool(self.spec.params.get("probe.mirror", False))
+
     def to_json(self) -> str:
         """The manifest as indented JSON; `read_manifest` reads it."""
-        version = 3 if self.features else 2 if self.ensemble else 1
+        version = 4 if self.mirror else 3 if self.features else 2 if self.ensemble else 1
         head = {"format": FORMAT, "format_version": version}
         data = {**head, **dataclasses.asdict(self), "spec": json.loads(to_json(portable(self.spec)))}
         return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

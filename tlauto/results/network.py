@@ -71,7 +71,7 @@ def build_network(folder: Path, file: Path, manifest: Manifest, plugins: Registr
         given = {n.removeprefix(f"{owner}."): v for n, v in spec.params.items() if n.startswith(f"{owner}.")}
         params = complete(head.space, given, owner=owner)
         outputs = task(spec.task).num_outputs(manifest.labels)
-        classifier = assemble(backbone, head, params, outputs, manifest.features)
+        classifier = assemble(backbone, head, params, outputs, manifest.features, mirror=manifest.mirror)
     except TlautoError as error:
         raise DataError(f"the model bundle {folder} cannot be built here: {error}") from None
     if isinstance(backbone, TorchBackbone):

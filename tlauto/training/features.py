@@ -27,7 +27,7 @@ from tlauto.training.batches import centre_batches
 from tlauto.training.engines import Extractor
 from tlauto.training.halving import Unfit, require_fit
 from tlauto.training.linear import stratified_folds
-from tlauto.training.model import GRID, Kind, Widths, load_backbone
+from tlauto.training.model import GRID, Kind, Widths, load_backbone, mirrored
 from tlauto.training.pixels import Pixels, contents, geometry, load_pixels
 from tlauto.training.stored import Stored
 
@@ -54,9 +54,22 @@ _known: dict[tuple[Registry, str, str], Facts] = {}
 
 
 class FeatureSource:
-    """Features of one backbone with its pretrained weights, from the cache when they are there."""
+    """Features of one backbone with its pretrained weights, from the cache when they are there.
 
-    def __init__(self, spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch.device) -> None:
+    Args:
+        mirror: they are the mean of those of an image and of its mirror image.
+    """
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        registry: Registry,
+        dataset: Dataset,
+        device: torch.device,
+        *,
+        mirror: bool = False,
+    ) -> None:
+        self.mirror = mirror
         self.spec = spec
         self.registry = registry
         self.dataset = dataset
@@ -88,7 +101,8 @@ class FeatureSource:
 
     def features(self, splits: Sequence[str], kind: Kind) -> Stored:
         """Features (N, D) or (N, C, H, W) of these splits, split after split, in the cache."""
-        return self._stored(kind, [self._part(split, self._kept(kind)) for split in splits])
+        kept = self._kept(kind)
+        return self._stored(kind, [self._part(split, kept, mirror=self.mirror) for split in splits])
 
     def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features of up to 512 images, evenly spaced over these splits."""
@@ -120,26 +134,33 @@ class FeatureSource:
             return Stored(tuple(narrowed(tensor, levels, to=kind) for tensor in tensors))
         return Stored(tensors, means_of=levels)
 
-    def _part(self, split: str, kind: Kind) -> np.ndarray:
+    def _part(self, split: str, kind: Kind, *, mirror: bool) -> np.ndarray:
         """The features of a split, in half precision where that is as good.
 
         That is for the part that is only learned from: scores on the others are recorded, and must be
         those of the network that is used later. What is unfit stays unfit, so that it is not tried again.
         """
         indices = range(len(self.dataset.part(split)))
-        if split == LEARNED and not self._path([split], kind, indices, "full").exists():
+        if split == LEARNED and not self._path([split], kind, indices, "full", mirror).exists():
             with contextlib.suppress(Unfit):
-                return self._cached([split], kind, indices, "half")
-        return self._cached([split], kind, indices, "full")
+                return self._cached([split], kind, indices, "half", mirror=mirror)
+        return self._cached([split], kind, indices, "full", mirror=mirror)
 
-    def _cached(self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form) -> np.ndarray:
+    def _cached(
+        self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form, *, mirror: bool = False
+    ) -> np.ndarray:
         """The array of some images; raises Unfit when they cannot be kept in half precision."""
 
         def blocks(first: int) -> Iterator[np.ndarray]:
+            # Of the images themselves they are in the cache, mostly: only the mirror images are run.
+            plain = self._part(splits[0], kind, mirror=False) if mirror else None
             pixels, run = self.pixels(splits), self._extractor(kind)
             with torch.inference_mode():
                 for images in centre_batches(pixels, self.device, indices[first:]):
-                    rows = run(images).float().cpu().numpy()
+                    found = run(images.flip(-1) if mirror else images).float().cpu()
+                    if plain is not None:
+                        found = mirrored(torch.from_numpy(plain[first : first + len(found)]).float(), found)
+                    rows = found.numpy()
                     shown["engine"] = run.name  # for people: what is proven equal needs no key of its own
                     if form == "half":
                         require_fit(rows, is_first=first == 0)
@@ -149,10 +170,13 @@ class FeatureSource:
         seen = self.facts.widths.shape_of(kind)
         width = seen.unpooled if kind == "unpooled" else (seen.pooled,)
         shown: dict[str, object] = {"backbone": self.spec.backbone}
-        path, dtype = self._path(splits, kind, indices, form), np.float16 if form == "half" else np.float32
+        path = self._path(splits, kind, indices, form, mirror)
+        dtype = np.float16 if form == "half" else np.float32
         return cached_array(path, (len(indices), *width), dtype, blocks, about=shown)
 
-    def _path(self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form) -> Path:
+    def _path(
+        self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form, mirror: bool
+    ) -> Path:
         """Where the array lies: its name is a hash of all that decides its contents."""
         facts = self.facts
         items = [item for split in splits for item in self.dataset.part(split)]
@@ -161,6 +185,7 @@ class FeatureSource:
             mean=facts.input.mean, std=facts.input.std, bgr=facts.input.bgr, kind=kind,
             device=self.device.type,  # a GPU rounds differently
             levels=facts.widths.levels if kind == GRID else (), form=form,
+            **({"mirror": True} if mirror else {}),
         )  # fmt: skip
         return Path(self.spec.cache, "features", f"{key}.npy")
 

@@ -121,17 +121,22 @@ class Classifier(Readout):
 
     source: Backbone
 
-    def __init__(self, backbone: Backbone, readout: Readout) -> None:
+    def __init__(self, backbone: Backbone, readout: Readout, *, mirror: bool = False) -> None:
+        """Args: mirror: read the mean of the features of an image and of its mirror image."""
         super().__init__(readout.head, readout.kind, len(readout.norm.mean), len(readout.output.mean))
         self.norm.load_state_dict(readout.norm.state_dict())
         self.output.load_state_dict(readout.output.state_dict())
         self.backbone = backbone.module
+        self.mirror = mirror
         # Past nn.Module's own setter: a Backbone that is a module must not be registered twice.
         object.__setattr__(self, "source", backbone)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits, or regression values, (N, num_outputs) of normalised images (N, 3, H, W)."""
-        return self.read(features_of(self.source, images, self.kind))
+        features = features_of(self.source, images, self.kind)
+        if self.mirror:
+            features = mirrored(features, features_of(self.source, images.flip(-1), self.kind))
+        return self.read(features)
 
     def train(self, mode: bool = True) -> Classifier:
         """Training or inference mode; what is frozen in the backbone stays in inference mode."""
@@ -152,6 +157,11 @@ def features_of(backbone: Backbone, images: torch.Tensor, kind: Kind) -> torch.T
     if not isinstance(backbone, Levelled):
         raise TrialError("the backbone does not offer the features of its earlier stages (`levels`)")
     return narrowed(backbone.levels(images), backbone.level_shape, to=kind)
+
+
+def mirrored(features: torch.Tensor, of_mirrors: torch.Tensor) -> torch.Tensor:
+    """The mean of images' features (N, …) and those of their mirror images; maps (N, C, H, W) turned back."""
+    return (features + (of_mirrors.flip(-1) if of_mirrors.ndim == 4 else of_mirrors)) / 2
 
 
 @dataclass(frozen=True)
@@ -189,10 +199,11 @@ def build_readout(
 
 def assemble(
     backbone: Backbone, head: TaskHead, params: Mapping[str, Scalar], num_outputs: int,
-    kind: Kind | None = None,
+    kind: Kind | None = None, *, mirror: bool = False,
 ) -> Classifier:  # fmt: skip
     """A classifier of this backbone with a new head; `kind` as for `build_readout`."""
-    return Classifier(backbone, build_readout(Widths.of(backbone), head, params, num_outputs, kind))
+    readout = build_readout(Widths.of(backbone), head, params, num_outputs, kind)
+    return Classifier(backbone, readout, mirror=mirror)
 
 
 def load_backbone(spec: TrialSpec, registry: Registry, device: torch.device) -> Backbone:
@@ -227,6 +238,7 @@ def restore(
     settings = read(spec, registry.strategy(spec.strategy), head, task)
     backbone = load_backbone(spec, registry, torch.device(device))
     outputs = task.num_outputs(dataset.classes)
-    classifier = assemble(backbone, head, settings.head, outputs, kind_of(checkpoint))
+    kind = kind_of(checkpoint)
+    classifier = assemble(backbone, head, settings.head, outputs, kind, mirror=settings.mirror)
     load_checkpoint(classifier, checkpoint, spec)
     return classifier.to(device).eval()

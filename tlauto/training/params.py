@@ -26,6 +26,7 @@ class Settings:
         solver: `path` or `lbfgs` when the head's optimum is computed, else `minibatch`.
         l2: the penalty of `lbfgs`.
         features: of the backbone that a head gets instead of pooled ones; a `recipe.FEATURES`.
+        mirror: whether they are the mean of those of an image and of its mirror image.
     """
 
     freeze: Mapping[str, Scalar]
@@ -41,6 +42,7 @@ class Settings:
     solver: str = "minibatch"
     l2: float = 0.0
     features: str = "pooled"
+    mirror: bool = False
 
 
 class Params:
@@ -87,13 +89,13 @@ def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) 
     name = str(optim["name"])
     own = params.take(f"optim.{name}", recipe.OPTIMIZER_SPACES[name])
     own_head = params.take(f"head.{head.name}", head.space)
-    features = "pooled"
+    features, mirror = "pooled", False
     if trains_backbone(strategy):
         finetune = params.take("finetune", recipe.FINETUNE_SPACE)
         augment = params.take("augment", recipe.AUGMENT_SPACE)
     else:
         finetune = {"backbone_lr": 0.0, "train_mode": False, **params.take("probe", recipe.PROBE_SPACE)}
-        augment = {"level": "none"}
+        augment, mirror = {"level": "none"}, _mirror(params)
         if head.features(own_head) == "pooled":
             features = str(params.take("probe", recipe.FEATURES_SPACE)["features"])
     return Settings(
@@ -108,6 +110,7 @@ def _read(params: Params, strategy: FreezeStrategy, head: TaskHead, task: Task) 
         train_mode=bool(finetune["train_mode"]),
         augment=str(augment["level"]),
         features=features,
+        mirror=mirror,
     )
 
 
@@ -121,8 +124,12 @@ def _solved(params: Params, solver: str, strategy: FreezeStrategy, head: TaskHea
         loss=params.take("loss", task.space),
         optimizer="lbfgs", optim={}, warmup=0.0, batch_size=1, backbone_lr=0.0, train_mode=False,
         augment="none", solver=solver, l2=_number(probe.get("l2", 0.0)),
-        features=str(probe.get("features", "pooled")),
+        features=str(probe.get("features", "pooled")), mirror=_mirror(params),
     )  # fmt: skip
+
+
+def _mirror(params: Params) -> bool:
+    return bool(params.take("probe", recipe.MIRROR_SPACE)["mirror"])
 
 
 def _number(value: Scalar) -> float:

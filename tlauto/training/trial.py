@@ -182,7 +182,7 @@ def prepare(spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch
         strategy=strategy,
         head=head,
         settings=settings,
-        source=FeatureSource(spec, registry, dataset, device),
+        source=FeatureSource(spec, registry, dataset, device, mirror=settings.mirror),
         num_outputs=num_outputs,
         train_targets=train_targets,
         valid_targets=_targets(task, dataset, (spec.evaluate_on,)),
