@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 
 import optuna
@@ -35,6 +37,40 @@ def test_only_kept_backbones_are_proposed(url: str) -> None:
         record = study.ask(space, kept={"backbone": ("timm:b", "keras:C")})
         assert record.params["backbone"] in ("timm:b", "keras:C")
         study.tell(record.number, 0.5 if record.params["backbone"] == "timm:b" else 0.9)
+
+
+def test_one_kept_strategy_is_proposed_whatever_won_before() -> None:
+    study, space = Study(MEMORY, "s", seed=1, create=True), make_space()
+    for i in range(40):
+        strategy = "full" if i % 10 == 9 else "feature_extraction"
+        kept = {"strategy": (strategy,), "backbone": BACKBONES[:2]}
+        record = study.ask(space, kept=kept)
+        assert record.params["strategy"] == strategy
+        assert record.params["backbone"] in BACKBONES[:2]
+        assert space.walk(lambda name, _, params=record.params: params[name]) == dict(record.params)
+        study.tell(record.number, 0.9 if strategy == "feature_extraction" else 0.1)
+
+
+@pytest.mark.parametrize("kept", [None, {"strategy": ("feature_extraction",)}])
+def test_the_sampler_learns_parameters_that_only_some_trials_have(kept: dict[str, tuple[str]] | None) -> None:
+    study = Study(MEMORY, "s", seed=1, create=True)
+    plugins = registry()
+    heads = tuple(plugins.head(name) for name in ("mlp", "cosine"))
+    space = SearchSpace(
+        BACKBONES[:1], (plugins.strategy("feature_extraction"),), heads,
+        task("multiclass").space, {"optim.name": "adamw", "probe.mirror": False},
+    )  # fmt: skip
+    far = []
+    for _ in range(80):
+        record = study.ask(space, kept=kept)
+        rate = float(record.params["optim.adamw.lr"])
+        hidden = record.params.get("head.mlp.dropout", 0.5)
+        away = abs(math.log10(rate / 1e-2)) + 2 * abs(float(hidden) - 0.1)
+        study.tell(record.number, -away)
+        if "head.mlp.dropout" in record.params:
+            far.append(away)
+    assert len(far) > 30
+    assert statistics.median(far[-15:]) < 0.6 * statistics.median(far[:10])
 
 
 def test_a_proposal_depends_on_the_record_not_on_the_process(url: str, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ FORMAT = 1
 Kept = Mapping[str, Collection[str]]
 """Values that may be proposed, by the name of a category; empty means all."""
 
+_Distributions = dict[str, BaseDistribution]
+
 INTERRUPTED = "interrupted"
 """Error kind of a trial that was cut off; it does not count and is proposed again on resume."""
 
@@ -109,6 +111,7 @@ class Study:
             )
         self._running: dict[int, optuna.Trial] = {}
         self._records: list[TrialRecord] | None = None
+        self._ended: dict[int, TrialRecord] = {}
         if not exists:
             self._study.set_user_attr("tlauto_format", FORMAT)
 
@@ -151,7 +154,7 @@ class Study:
         records, self._records = self.trials(), None
         waiting = [record.number for record in records if record.state == "waiting"]
         seed = random.Random(f"{self.seed}/{min(waiting, default=len(records))}").randrange(2**31)
-        self._study.sampler = _sampler(seed, kept or {})
+        self._study.sampler = _sampler(seed, kept or {}, is_alone=not self._running)
         trial = self._study.ask()
         params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
         self._running[trial.number] = trial
@@ -217,8 +220,15 @@ class Study:
         Nobody else changes them: a study has one coordinator.
         """
         if self._records is None:
-            self._records = [_record(trial) for trial in self._study.get_trials(deepcopy=False)]
+            self._records = [self._record_of(trial) for trial in self._study.get_trials(deepcopy=False)]
         return list(self._records)
+
+    def _record_of(self, trial: FrozenTrial) -> TrialRecord:
+        """A trial's record, made once when it has ended: then it cannot change any more."""
+        record = self._ended.get(trial.number) or _record(trial)
+        if trial.state.is_finished():
+            self._ended[trial.number] = record
+        return record
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -230,37 +240,74 @@ class _KeptSampler(optuna.samplers.TPESampler):
     """TPE that proposes only some values of some categories, such as backbones.
 
     A categorical's choices cannot change within a study, so what is dropped stays in the
-    distribution; proposals outside `kept` are drawn again.
+    distribution: proposals outside `kept` are drawn again. Where one value is left, the others are drawn
+    without it.
+
+    Parameters that the same trials have are drawn together, and only those that the trial at hand asks
+    for: Optuna would draw all at once, those of every head and optimizer, and all again with each
+    proposal that is dropped.
     """
 
-    def __init__(self, kept: Kept, seed: int) -> None:
-        super().__init__(n_startup_trials=8, multivariate=True, group=True, constant_liar=True, seed=seed)
+    def __init__(self, kept: Kept, seed: int, *, is_alone: bool) -> None:
+        """Args: is_alone: no other trial is running, so that nothing need be assumed of one."""
+        super().__init__(
+            n_startup_trials=8, multivariate=True, group=True, constant_liar=not is_alone, seed=seed
+        )
         self._kept = {name: sorted(values) for name, values in kept.items() if values}
         self._choice = random.Random(seed)
+        self._blocks: list[_Distributions] = []
+        self._drawn: dict[str, Any] = {}
 
     def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+        self, study: optuna.Study, trial: FrozenTrial, search_space: _Distributions
     ) -> dict[str, Any]:
+        self._blocks, self._drawn = _blocks(study, search_space), {}
+        for block in [block for block in self._blocks if not self._kept.keys().isdisjoint(block)]:
+            self._drawn |= self._draw(study, trial, block)
+        return dict(self._drawn)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        block = next((block for block in self._blocks if param_name in block), {})
+        if block.get(param_name) == param_distribution:
+            if param_name not in self._drawn:
+                self._drawn |= super().sample_relative(study, trial, block)
+            if param_name in self._drawn:
+                return self._drawn[param_name]
+        if param_name in self._kept:
+            return self._choice.choice(self._kept[param_name])
+        return super().sample_independent(study, trial, param_name, param_distribution)
+
+    def _draw(self, study: optuna.Study, trial: FrozenTrial, block: _Distributions) -> dict[str, Any]:
+        """Values of a block that agree with `kept`; none while there are too few trials to learn from."""
+        only = {name: values[0] for name, values in self._kept.items() if name in block and len(values) == 1}
+        rest = {name: distribution for name, distribution in block.items() if name not in only}
         for _ in range(20):
-            params = super().sample_relative(study, trial, search_space)
+            params = {**super().sample_relative(study, trial, rest), **only}
             wrong = [name for name, values in self._kept.items() if params.get(name, values[0]) not in values]
             if not wrong:
                 return params
         return {**params, **{name: self._choice.choice(self._kept[name]) for name in wrong}}
 
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        if param_name in self._kept:
-            return self._choice.choice(self._kept[param_name])
-        return super().sample_independent(study, trial, param_name, param_distribution)
+
+def _blocks(study: optuna.Study, space: _Distributions) -> list[_Distributions]:
+    """A space in parts of parameters that the same trials have."""
+    owners: dict[str, list[int]] = {name: [] for name in space}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        for name in trial.params.keys() & owners.keys():
+            owners[name].append(trial.number)
+    blocks: dict[tuple[int, ...], _Distributions] = {}
+    for name in sorted(space):
+        blocks.setdefault(tuple(owners[name]), {})[name] = space[name]
+    return list(blocks.values())
 
 
-def _sampler(seed: int, kept: Kept) -> optuna.samplers.BaseSampler:
+def _sampler(seed: int, kept: Kept, *, is_alone: bool) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         # group=True is marked experimental; it is what a conditional space needs.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _KeptSampler(kept, seed)
+        return _KeptSampler(kept, seed, is_alone=is_alone)
 
 
 class _TunedConnection(sqlite3.Connection):
