@@ -21,7 +21,7 @@ LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing"}
+    | {"continuing", "loop", "outcomes"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
