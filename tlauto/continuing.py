@@ -69,6 +69,13 @@ def next_spec(
     Args:
         left: seconds that trials may still take; None without a limit.
     """
+    spec = _next_spec(session, record, trials, left=left)
+    return replace(spec, micro_batch=record.attrs.get("micro_batch", spec.micro_batch))
+
+
+def _next_spec(
+    session: Session, record: TrialRecord, trials: Sequence[TrialRecord], *, left: float | None
+) -> TrialSpec:
     plan, before = session.plan, continues(record)
     row = None if before is None else session.store.trials(session.name).get(before)
     if before is None or row is None:

@@ -16,9 +16,10 @@ from tlauto.contracts import (
     TrialSpec,
     spec_from_json,
 )
+from tlauto.errors import TrialError
 from tlauto.events import Emit, Said, TrialStarted, ignore
 from tlauto.loop import Job, Loop
-from tlauto.outcomes import handle
+from tlauto.outcomes import handle, stop_slow
 from tlauto.pool.protocol import BundleDone, JobFailed, RunTrial
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
@@ -56,15 +57,20 @@ def run(config: SearchConfig, *, emit: Emit = ignore, session: Session | None = 
 
 
 def _search(loop: Loop) -> None:
-    while not loop.interrupted.is_set():
+    while not loop.interrupted.is_set() and not loop.hopeless:
         _fill(loop)
         if not loop.busy:
             return
         for event in loop.session.pool.wait(0.25):
             handle(loop, event)
+        stop_slow(loop)
         _stop_late(loop)
         _save_time(loop, every_s=5.0)
     _cut_off(loop)
+    if loop.hopeless:
+        _leave_best(loop)
+        _save_time(loop)
+        raise TrialError(loop.hopeless)
 
 
 def _fill(loop: Loop) -> None:
@@ -148,6 +154,16 @@ def _cut_off(loop: Loop) -> None:
         if not job.is_bundle:
             _cut(loop, job.spec, INTERRUPTED, "the search was stopped during it")
     loop.busy.clear()
+
+
+def _leave_best(loop: Loop) -> None:
+    """Write the best model so far, if it is not written, before the search ends with an error."""
+    slot = loop.session.pool.slots[0]
+    loop.bundling, loop.may_bundle_at = None, 0.0
+    _keep_best(loop, slot)
+    while slot in loop.busy and not loop.interrupted.is_set():
+        for event in loop.session.pool.wait(0.25):
+            handle(loop, event)
 
 
 def _stop_late(loop: Loop) -> None:

@@ -39,7 +39,8 @@ class Loop:
         spent_before, saved_at: active seconds of earlier runs, and those that the database knows of.
         bundled, bundling: numbers of the trials whose bundle was written last, and is being written.
         may_bundle_at: when the next one may be written.
-        failures: trials that failed since the last one that did not.
+        failures: trials that failed since the last one that did not, those aside that are tried again.
+        hopeless: why the search is to end with an error.
     """
 
     session: Session
@@ -53,6 +54,7 @@ class Loop:
     bundling: int | None = None
     may_bundle_at: float = 0.0
     failures: int = 0
+    hopeless: str = ""
 
     def spent(self) -> float:
         """Active seconds, earlier runs included."""

@@ -14,24 +14,23 @@ from tlauto.contracts import (
     TrialSpec,
     trains_backbone,
 )
-from tlauto.errors import TrialError, WorkerDied
+from tlauto.errors import Hung, TrialTimeout, WorkerDied
 from tlauto.events import EpochEnded, Progress, Said, TrialEnded
+from tlauto.failures import Retry, retry, why_to_end
 from tlauto.loop import Job, Loop
 from tlauto.pace import seconds_a_trial
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note
 from tlauto.prepare import Session
 from tlauto.schedule import best_trial, counts, estimate, is_hopeless
-
-HOPELESS = 5
-"""So many failures before the first success end the search."""
+from tlauto.study import earlier_ends
 
 BUNDLE_PAUSE = 9.0
 """Pause between two bundles over the time that one takes: they are to cost a tenth of the search at most."""
 
 
 def handle(loop: Loop, event: Event) -> None:
-    """Take note of what a worker said; raises TrialError when the search is to end because of it."""
+    """Take note of what a worker said, or that it ended."""
     job = loop.busy.get(event.slot)
     match event.message:
         case EpochResult() as result if job:
@@ -40,7 +39,7 @@ def handle(loop: Loop, event: Event) -> None:
             _done(loop, event.slot, job, done)
         case TrialFailed() as failed if job:
             del loop.busy[event.slot]
-            _failed(loop, event.slot, job, failed)
+            _failed(loop, event.slot, job, failed, event.log_tail)
         case BundleDone() if job:
             loop.bundled = job.spec.number
             now = time.monotonic()
@@ -113,33 +112,76 @@ def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     forget_files(session.plan, session.study.trials())
 
 
-def _failed(loop: Loop, slot: str, job: Job, failed: TrialFailed) -> None:
+def _failed(loop: Loop, slot: str, job: Job, failed: TrialFailed, log_tail: str = "") -> None:
+    """Record a failure, and propose the trial again where that may help."""
     session, spec = loop.session, job.spec
     seconds = time.monotonic() - job.started
+    facts: dict[str, Any] = {"seconds": round(seconds, 3)}
+    if failed.bytes is not None:
+        facts["bytes_asked"] = failed.bytes
+    again = _retry(loop, spec, failed.kind)
+    if again:
+        # Before it fails: a search that is killed in between tries it again once all the same.
+        more = {} if again.micro_batch is None else {"micro_batch": again.micro_batch}
+        session.study.requeue(spec.number, why=failed.kind, **more)
+        facts["retried"] = True
+    detail = "\n".join(part.strip("\n") for part in (failed.detail, log_tail) if part)
     session.store.fail_trial(
-        session.name, spec.number, kind=failed.kind, message=failed.message, detail=failed.detail
+        session.name, spec.number, kind=failed.kind, message=failed.message, detail=detail
     )
-    session.study.note(spec.number, seconds=round(seconds, 3))
+    session.study.note(spec.number, **facts)
     session.study.fail(spec.number, kind=failed.kind, message=failed.message)
-    loop.emit(_ended(spec, slot, "failed", None, seconds, f"{failed.kind}: {failed.message}"))
+    loop.emit(_ended(spec, slot, "failed", None, seconds, f"{failed.kind}: {failed.message}{_shown(again)}"))
     loop.emit(_progress(loop))
+    if not again:
+        _count_failure(loop, failed)
+
+
+def _retry(loop: Loop, spec: TrialSpec, kind: str) -> Retry | None:
+    trials = loop.session.study.trials()
+    earlier = earlier_ends(trials[spec.number], trials)
+    return retry(kind, spec, earlier, trains=trains_backbone(_strategy(loop.session, spec)))
+
+
+def _shown(again: Retry | None) -> str:
+    if again is None:
+        return ""
+    return "; it runs again" + (f", {again.micro_batch} images at a time" if again.micro_batch else "")
+
+
+def _count_failure(loop: Loop, failed: TrialFailed) -> None:
+    """End the search when too many trials failed one after the other."""
+    session = loop.session
     loop.failures += 1
-    if loop.failures >= HOPELESS and best_trial(session.study.trials()) is None:
-        raise TrialError(
-            f"the first {loop.failures} trials all failed, the last with: {failed.message} "
-            f"('tlauto leaderboard {session.name}' lists them; --new starts afresh)"
+    has_best = best_trial(session.study.trials()) is not None
+    why = why_to_end(loop.failures, has_best=has_best, most=session.config.max_failures)
+    if why:
+        kept = f"the best model so far is in {session.plan.folder / 'model'}, the same command goes on"
+        loop.hopeless = (
+            f"{why}, the last with: {failed.message} ('tlauto leaderboard {session.name}' lists them; "
+            f"{kept if has_best else '--new starts afresh'})"
         )
 
 
 def _died(loop: Loop, job: Job, event: Event) -> None:
     """A worker ended while it was busy: its trial failed, the slot gets a new worker."""
-    code = event.exitcode
-    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    died = WorkerDied(f"the worker process ended with {how}", exitcode=code)
     if job.is_bundle:
-        loop.emit(Said(f"the best model so far could not be written: {died}"))
+        loop.emit(Said(f"the best model so far could not be written: {event.ending}"))
         return
-    _failed(loop, event.slot, job, TrialFailed(job.spec.number, died.kind, str(died), event.log_tail))
+    kind = Hung.kind if event.hung else WorkerDied.kind
+    _failed(loop, event.slot, job, TrialFailed(job.spec.number, kind, event.ending), event.log_tail)
+
+
+def stop_slow(loop: Loop) -> None:
+    """End the trials that have taken longer than `--trial-timeout` allows."""
+    limit = loop.session.config.trial_timeout_s
+    for slot, job in list(loop.busy.items()):
+        if limit is None or job.is_bundle or time.monotonic() - job.started <= limit:
+            continue
+        log_tail = loop.session.pool.kill(slot)
+        del loop.busy[slot]
+        message = f"it took longer than the {limit:g} s that --trial-timeout allows"
+        _failed(loop, slot, job, TrialFailed(job.spec.number, TrialTimeout.kind, message), log_tail)
 
 
 def _ended(

@@ -23,7 +23,7 @@ from tlauto.contracts import Backbone, ImageInput, TrialSpec
 from tlauto.data import Dataset
 from tlauto.plugins import Registry
 from tlauto.training.arrays import cached_array
-from tlauto.training.batches import centre_batches
+from tlauto.training.batches import centre_batches, eval_batch
 from tlauto.training.engines import Extractor
 from tlauto.training.halving import Unfit, require_fit
 from tlauto.training.linear import stratified_folds
@@ -136,9 +136,9 @@ class FeatureSource:
         """The array of some images; raises Unfit when they cannot be kept in half precision."""
 
         def blocks(first: int) -> Iterator[np.ndarray]:
-            pixels, run = self.pixels(splits), self._extractor(kind)
+            pixels, run, size = self.pixels(splits), self._extractor(kind), eval_batch(self.spec)
             with torch.inference_mode():
-                for images in centre_batches(pixels, self.device, indices[first:]):
+                for images in centre_batches(pixels, self.device, indices[first:], size=size):
                     rows = run(images).float().cpu().numpy()
                     shown["engine"] = run.name  # for people: what is proven equal needs no key of its own
                     if form == "half":
