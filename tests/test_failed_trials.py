@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,8 +19,8 @@ from tlauto.store import Store
 from tlauto.study import Study
 
 SEARCH = (
-    "search", "--data", "patches", "--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained", "--offline",
-    "--preset", "fast", "--workers", "1", "--devices", "cpu", "--strategies", "feature_extraction,full",
+    "search", "--data", "patches", "--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained",
+    "--offline", "--preset", "fast", "--workers", "1", "--devices", "cpu", "--strategies", "feature_extraction,full",
     "--heads", "linear,raises,diverges,aborts,recovers,loses,stands,sleeps,hungry", "--set",
     "finetune.batch_size=16", "--ensemble", "1",
 )  # fmt: skip
@@ -83,28 +84,32 @@ def troubled(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..
     return place
 
 
+SIGNAL = "worker died: the worker process ended with signal 6"
+LOST = (
+    "device lost: the device was lost on cpu with 64 images at a time: CUDA error: unspecified launch failure"
+)
+FULL = (
+    "out of memory: out of memory on cpu with batches of 16 images{}; a smaller batch or backbone needs less"
+)
+
+
 @pytest.mark.parametrize(
     ("head", "errors"),
     [
         ("raises", ["error: RuntimeError: a mistake of the plugin"]),
         ("diverges", ["diverged: the training loss became nan in epoch 1"]),
-        ("aborts", ["worker died: the worker process ended with signal 6"] * 2),
-        ("recovers", ["worker died: the worker process ended with signal 6", None]),
-        ("loses", [
-            "device lost: the device was lost on cpu with 64 images at a time: CUDA error: unspecified launch "
-            "failure"] * 2),
-        ("hungry", [
-            "out of memory: out of memory on cpu with batches of 16 images; a smaller batch or backbone needs "
-            "less", "out of memory: out of memory on cpu with batches of 16 images, 8 images at a time; a "
-            "smaller batch or backbone needs less", None]),
+        ("aborts", [SIGNAL, SIGNAL]),
+        ("recovers", [SIGNAL, None]),
+        ("loses", [LOST, LOST]),
+        ("hungry", [FULL.format(""), FULL.format(", 8 images at a time"), None]),
     ],
-)  # fmt: skip
+)
 def test_each_failure_has_its_kind_and_only_accidents_run_again(
     head: str, errors: list[str | None], troubled: Place
 ) -> None:
     rows = troubled.rows(head)
     assert [row["error"] for row in rows] == errors
-    for earlier, later in zip(rows, rows[1:], strict=False):
+    for earlier, later in itertools.pairwise(rows):
         assert later["retry_of"] == earlier["number"]
         assert (later["params"], later["seed"]) == (earlier["params"], earlier["seed"])
     assert [row["retried"] for row in rows] == [True] * (len(rows) - 1) + [False]
