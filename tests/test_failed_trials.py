@@ -21,8 +21,9 @@ from tlauto.study import Study
 SEARCH = (
     "search", "--data", "patches", "--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained",
     "--offline", "--preset", "fast", "--workers", "1", "--devices", "cpu",
-    "--strategies", "feature_extraction,full", "--heads", "linear,raises,diverges,aborts,recovers,loses,stands,sleeps,hungry", "--set",
-    "finetune.batch_size=16", "--ensemble", "1",
+    "--strategies", "feature_extraction,full",
+    "--heads", "linear,raises,diverges,aborts,recovers,loses,stands,sleeps,hungry",
+    "--set", "finetune.batch_size=16", "--ensemble", "1",
 )  # fmt: skip
 FROZEN = {"strategy": "feature_extraction"}
 ALL: Mapping[str, Mapping[str, Any]] = {
