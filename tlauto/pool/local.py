@@ -191,7 +191,7 @@ class LocalPool:
             _reap(self._workers.pop(event.slot))
             return event
         if isinstance(message, Beat):
-            worker.watch.heard(message.done)
+            worker.watch.heard(message.work)
             return None
         worker.watch.heard()
         if isinstance(message, ENDS):

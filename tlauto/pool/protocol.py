@@ -89,9 +89,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Beat:
-    """A sign of life, every few seconds; `done` is a count of work (`tlauto.pulse`)."""
+    """A sign of life, every few seconds; `work` is a count of it (`tlauto.pulse`)."""
 
-    done: int
+    work: int
 
 
 @dataclass(frozen=True)
