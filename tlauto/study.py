@@ -175,9 +175,10 @@ class Study:
             self._running[number].set_user_attr(key, value)
 
     def report(self, number: int, epoch: int, score: float) -> None:
-        """Record an epoch's score."""
-        self._records = None
-        self._running[number].report(score, epoch)
+        """Record an epoch's score; one that goes on from a state may come to an epoch again."""
+        if epoch not in self.trials()[number].reports:
+            self._records = None
+            self._running[number].report(score, epoch)
 
     def tell(self, number: int, score: float, *, is_pruned: bool = False) -> None:
         """End a trial with its score."""
