@@ -180,7 +180,7 @@ def _read_jobs(jobs: queue.SimpleQueue[Message]) -> None:
 
 def _beat(send: Send) -> None:
     """Give signs of life as long as the process lives."""
-    with contextlib.suppress(OSError):  # the coordinator is gone: so are we in a moment
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more: we are gone in a moment
         while True:
             time.sleep(beat_every())
             send(Beat(pulse.reading()))
