@@ -238,9 +238,10 @@ class ReplayPool:
         self._events.clear()
         return events
 
-    def kill(self, slot: str) -> None:
+    def kill(self, slot: str) -> str:
         """Forget the running trial."""
         self._running = None
+        return ""
 
     def close(self, *, grace_s: float = 1.0) -> None:
         """Nothing to end."""

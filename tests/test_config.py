@@ -25,11 +25,13 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     (tmp_path / "tlauto.toml").write_text(
         '[search]\ntrials = 7\nseed = 3\nbackbones = "timm:a,timm:b"\ntime = "2m"\ncold = true\n'
+        'trial-timeout = "5m"\nmax-failures = 3\n'
     )
     config = resolve({"data": "images", "trials": 9, "seed": None}, folder=tmp_path)
     assert (config.trials, config.seed, config.preset) == (9, 3, "balanced")
     assert config.backbones == ("timm:a", "timm:b")
     assert (config.time_s, config.cold) == (120, True)
+    assert (config.trial_timeout_s, config.max_failures) == (300, 3)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,8 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path, text: str, message: str)
         {"trials": 0},
         {"trials": -3},
         {"time_s": -1.0},
+        {"trial_timeout_s": 0.0},
+        {"max_failures": 0},
         {"workers": -1},
         {"seed": -1},
         {"study": "../escape"},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYER_0 = frozenset({"errors", "space", "contracts", "splits", "levels", "rungs"})
+LAYER_0 = frozenset({"errors", "space", "contracts", "splits", "levels", "rungs", "pulse"})
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
     | {"locks", "caches"}
@@ -21,7 +21,7 @@ LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "mirrored"}
+    | {"continuing", "failures", "loop", "mirrored", "outcomes"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1

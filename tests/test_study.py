@@ -148,6 +148,7 @@ def test_reports_are_recorded_by_epoch(url: str) -> None:
     study.report(number, 1, 0.5)
     assert study.trials()[number].reports == {1: 0.5}
     study.report(number, 2, 0.7)
+    study.report(number, 1, 0.9)  # again, from a state that is older than the report
     assert Study(url, "s", seed=0, create=False).trials()[number].reports == {1: 0.5, 2: 0.7}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from tlauto.contracts import TrialSpec, WeightsOptions
 
 TINY = ("--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained", "--offline", "--preset", "fast")
 """Arguments of a search over one random backbone of 0.5 M parameters."""
@@ -63,9 +66,32 @@ def refused(*args: str, cwd: Path, code: int = 1, env: Mapping[str, str] | None 
     return lines[-1]
 
 
+def install_troubles(folder: Path) -> dict[str, str]:
+    """Install `trouble_plugin` into `folder`, and the environment in which its heads are found."""
+    marks = folder / "marks"
+    marks.mkdir(parents=True)
+    shutil.copy(Path(__file__).parent / "trouble_plugin.py", folder)
+    info = folder / "trouble-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trouble\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tlauto]\ntrouble = trouble_plugin\n")
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "TROUBLE_MARKS": str(marks)}
+
+
 def children(pid: int) -> list[int]:
     """Process ids of the children of a process (Linux)."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def spec_of(**changes: Any) -> TrialSpec:
+    """A specification of a trial on the smallest backbone, with random weights."""
+    given = {
+        "number": 0, "dataset": "", "task": "multiclass", "metric": "accuracy", "backbone": TINY[1],
+        "strategy": "full", "head": "linear", "params": {}, "seed": 0, "epochs": 2, "folder": "", "cache": "",
+        "weights": WeightsOptions(pretrained=False, offline=True), **changes,
+    }  # fmt: skip
+    return TrialSpec(**given)
 
 
 def _truncate(file: Path) -> None:

@@ -60,8 +60,7 @@ def _await_preflight(pool: Pool, emit: Emit) -> PreflightDone:
                     raise TlautoError(f"{message}{_hint(detail)}")
                 case None:
                     raise TlautoError(
-                        f"the worker ended while it checked the backbones (exit code {event.exitcode}): "
-                        f"{_last_line(event.log_tail)}"
+                        f"{event.ending} while it checked the backbones: {_last_line(event.log_tail)}"
                     )
     raise TlautoError(f"checking the backbones took more than {PREFLIGHT_TIMEOUT_S:.0f} s; try fewer")
 

@@ -61,7 +61,8 @@ class SearchConfig:
     """A search as the user asked for it; see `tlauto search --help` for each value.
 
     `trials` and `time_s` (seconds) are totals over all runs of the study; None leaves that side
-    open. `params` fixes parameters by their dotted names. At most `ensemble` models answer together.
+    open. A trial may take `trial_timeout_s` seconds, None as long as it likes; `max_failures` in a row end
+    the search. `params` fixes parameters by their dotted names. At most `ensemble` models answer together.
     `cold` learns nothing from the workspace's earlier searches.
     """
 
@@ -72,6 +73,8 @@ class SearchConfig:
     metric: str | None = None
     trials: int | None = None
     time_s: float | None = None
+    trial_timeout_s: float | None = None
+    max_failures: int = 10
     backbones: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
@@ -131,6 +134,7 @@ IDENTITY = (
     "task", "metric", "backbones", "strategies", "heads", "params", "preset", "seed", "pretrained", "cold",
 )  # fmt: skip
 PATHS = ("data", "out", "weights_dir")
+DURATIONS = ("time", "trial_timeout")
 
 
 def resolve(flags: Mapping[str, Any], *, folder: Path | None = None) -> SearchConfig:
@@ -202,7 +206,9 @@ def _check(config: SearchConfig) -> None:
     refuse(
         config.trials is not None and config.trials < 1, f"--trials must be at least 1, not {config.trials}"
     )
-    refuse(config.time_s is not None and not config.time_s > 0, "--time must be more than zero")
+    for flag, seconds in (("--time", config.time_s), ("--trial-timeout", config.trial_timeout_s)):
+        refuse(seconds is not None and not seconds > 0, f"{flag} must be more than zero")
+    refuse(config.max_failures < 1, f"--max-failures must be at least 1, not {config.max_failures}")
     refuse(
         config.workers is not None and not 0 <= config.workers <= 512,
         f"--workers must be from 0 to 512, not {config.workers}",
@@ -239,7 +245,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     search = table.pop("search", {})
-    known = {f.name for f in dataclasses.fields(SearchConfig)} | {"time"}
+    known = {f.name for f in dataclasses.fields(SearchConfig)} | set(DURATIONS)
     if not isinstance(search, dict):
         raise ConfigError(f"{path}: 'search' is {search!r}; write a table, [search], with a setting a line")
     if table:
@@ -253,12 +259,13 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
     name = key.replace("-", "_")
     if name not in known:
         raise ConfigError(f"{path}: unknown setting '{key}'{did_you_mean(name, known)}")
-    if name == "time":
-        return "time_s", parse_seconds(str(value))
+    if name in DURATIONS:
+        return f"{name}_s", parse_seconds(str(value))
     if name in ("backbones", "strategies", "heads"):
         value = value.split(",") if isinstance(value, str) else value
     expected: dict[str, type | tuple[type, ...]] = {
-        "trials": int, "workers": int, "seed": int, "ensemble": int, "time_s": (int, float),
+        "trials": int, "workers": int, "seed": int, "ensemble": int, "max_failures": int,
+        "time_s": (int, float), "trial_timeout_s": (int, float),
         "offline": bool, "pretrained": bool, "new": bool, "cold": bool, "allow_leaks": bool,
         "params": dict, "weights": dict, "backbones": list, "strategies": list, "heads": list,
     }  # fmt: skip

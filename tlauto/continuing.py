@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,12 +69,22 @@ def next_spec(
     Args:
         left: seconds that trials may still take; None without a limit.
     """
+    spec = _next_spec(session, record, trials, left=left)
+    return replace(spec, micro_batch=record.attrs.get("micro_batch", spec.micro_batch))
+
+
+def _next_spec(
+    session: Session, record: TrialRecord, trials: Sequence[TrialRecord], *, left: float | None
+) -> TrialSpec:
     plan, before = session.plan, continues(record)
     row = None if before is None else session.store.trials(session.name).get(before)
     if before is None or row is None:
         return plan.spec(record, trials, left=left)
-    old, state = spec_from_json(row["spec"]), _state_file(plan, before)
-    if left is not None and not state.is_file():
+    old = spec_from_json(row["spec"])
+    # Its own state, or the one that it went on from and never got beyond.
+    states = (_state_file(plan, before), Path(old.resume_from or ""))
+    state = next((file for file in states if file.is_file()), None)
+    if left is not None and state is None:
         return plan.spec(record, trials, left=left)  # its epochs may not fit the time any more
     return replace(
         old,
@@ -83,7 +93,7 @@ def next_spec(
         cache=str(plan.cache),
         weights=plan.config.weights_options,
         folder=str(plan.trial_folder(record.number)),
-        resume_from=str(state) if state.is_file() else None,
+        resume_from=None if state is None else str(state),
         purpose=record.attrs.get("purpose", old.purpose),
     )
 
@@ -100,12 +110,19 @@ def forget_files(plan: Plan, trials: Sequence[TrialRecord]) -> None:
     trained = [t for t in trials if t.score is not None and t.params["strategy"] in names]
     for trial in sorted(trained, key=rank, reverse=True)[KEPT_CHECKPOINTS:]:
         (plan.trial_folder(trial.number) / "checkpoint.safetensors").unlink(missing_ok=True)
-    needed = {continues(t) for t in trials if t.state in ("waiting", "running")}
+    needed = {number for t in trials if t.state in ("waiting", "running") for number in _origins(t, trials)}
     needed |= {t.number for t in sorted(_paused(trials), key=rank, reverse=True)[:KEPT_STATES]}
     for trial in trials:
         is_over = trial.state not in ("waiting", "running") and trial.number not in needed
         if is_over and trial.params.get("strategy") in names:
             _state_file(plan, trial.number).unlink(missing_ok=True)
+
+
+def _origins(trial: TrialRecord, trials: Sequence[TrialRecord]) -> Iterator[int]:
+    """Numbers of the trials that this one goes on from, one after the other."""
+    while (number := continues(trial)) is not None:
+        yield number
+        trial = trials[number]
 
 
 def _state_file(plan: Plan, number: int) -> Path:

@@ -291,13 +291,13 @@ class TrialSpec:
     """All that a worker needs to run one trial; `tlauto rerun` runs it again from its JSON.
 
     Attributes:
-        number: the trial's number in its study; -1 for a refit.
+        number: the trial's in its study, -1 for a refit; fit_on, evaluate_on: parts of the split.
         dataset: path of the dataset file (`tlauto.data.Dataset` as JSON).
         params: sampled values, dotted by owner (`freeze.partial.k`, `head.mlp.dropout`, `optim.name`).
         metric: that is the score; seed: of everything random in this trial; purpose: why it was run.
         epochs, patience: most epochs, and how many without improvement end it; patience 0 never does.
         epoch_images: images per epoch when the backbone learns; None is the whole training part.
-        fit_on, evaluate_on: parts of the split.
+        micro_batch: most images that the network takes at once; None is as many as are in a batch.
         init_head: a checkpoint whose head and feature scaling to start from (LP-FT), or None.
         resume_from: the state that an earlier run of this very trial left behind, or None.
         folder, cache: where its checkpoint and predictions go, and where pixels and features are.
@@ -325,6 +325,7 @@ class TrialSpec:
     resume_from: str | None = None
     purpose: Literal["probe", "default", "warm", "search", "promoted", "refit", "rerun"] = "search"
     prove_above: float | None = None
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -348,13 +349,11 @@ class TrialDone:
 
     Attributes:
         score: of the best epoch, higher is better.
-        metrics: all metrics of the best epoch on `evaluate_on`: name to {"value", "low", "high"},
-            a 95 % interval.
+        metrics: all of the best epoch on `evaluate_on`: name to {"value", "low", "high"} (95 %).
         checkpoint: file name in the trial's folder.
         is_pruned: stopped by the coordinator; trainable: parameters that learned, head included.
         features: what of the backbone the head reads; see `tlauto.training.model.Kind`.
-        held_out: the score over `fit_on` and `evaluate_on` together, each image answered by a head
-            that has not seen it; None when there was no cross-validation.
+        held_out: cross-validated score over `fit_on` and `evaluate_on` together; None without one.
         versions: distribution name to version; provenance: what came from which plugin.
     """
 
@@ -376,12 +375,13 @@ class TrialDone:
 
 @dataclass(frozen=True)
 class TrialFailed:
-    """A trial that could not end. `kind` is a `TrialError.kind`; `message` is one sentence."""
+    """A trial that could not end: `TrialError.kind`, a sentence, the traceback, bytes it could not have."""
 
     number: int
     kind: str
     message: str
     detail: str = ""
+    bytes: int | None = None
 
 
 def to_json(value: Any) -> str:

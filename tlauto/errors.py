@@ -11,6 +11,8 @@
       StoreError             not ours, newer schema, locked by another coordinator
       TrialError             this trial failed, the search goes on
         WorkerDied           .exitcode
+        Hung                 the worker gave no sign of life, or of work
+        DeviceLost           the GPU's context is gone, and with it the worker
         OutOfMemory          .bytes
         Diverged             .epoch
         TrialTimeout
@@ -81,8 +83,20 @@ class WorkerDied(TrialError):
         self.exitcode = exitcode
 
 
+class Hung(TrialError):
+    """The worker process stood still and was killed."""
+
+    kind = "hung"
+
+
+class DeviceLost(TrialError):
+    """The device failed the process, which can use it no more; another process may."""
+
+    kind = "device lost"
+
+
 class OutOfMemory(TrialError):
-    """The trial needed more memory than the device has."""
+    """The trial needed more memory than the device has; `bytes` is what it asked for last, if known."""
 
     kind = "out of memory"
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from tlauto.space import Choice, Float, Int, Space
 
+EVAL_BATCH = 64
+"""Images that a network takes at once where it does not learn, unless memory was short."""
+
 OPTIMIZERS = ("adamw", "adam", "sgd")
 AUGMENT_LEVELS = ("none", "light", "medium", "strong")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +30,8 @@ INTERRUPTED = "interrupted"
 OUT_OF_TIME = "out of time"
 """Error kind of a trial that still ran when the time was up; it does not count either."""
 
-ORIGIN = ("purpose", "from_study")
-"""Attributes that say why a trial is run; one that is proposed again keeps them."""
+ORIGIN = ("purpose", "from_study", "micro_batch")
+"""Attributes that say why and how a trial is run; one that is proposed again keeps them."""
 
 MEMORY = "memory"
 """In place of a database's URL: the study is gone with its object, as a simulation wants it."""
@@ -57,11 +57,18 @@ class TrialRecord:
 
     @property
     def counts(self) -> bool:
-        """Whether it counts towards the total of trials."""
-        return self.state in ("complete", "pruned", "failed") and self.attrs.get("error_kind") not in (
-            INTERRUPTED,
-            OUT_OF_TIME,
-        )
+        """Whether it counts towards the total of trials; of several attempts at one, the last does."""
+        is_over = self.state in ("complete", "pruned", "failed") and not self.attrs.get("retried")
+        return is_over and self.attrs.get("error_kind") not in (INTERRUPTED, OUT_OF_TIME)
+
+
+def earlier_ends(trial: TrialRecord, trials: Sequence[TrialRecord]) -> list[str]:
+    """Error kinds of the attempts that were made at a trial before this one, the last one first."""
+    ends: list[str] = []
+    while (number := trial.attrs.get("retry_of")) is not None:
+        ends.append(str(trial.attrs.get("retry_why", INTERRUPTED)))
+        trial = trials[int(number)]
+    return ends
 
 
 def check_name(url: str, name: str, *, create: bool) -> None:
@@ -171,9 +178,10 @@ class Study:
             self._running[number].set_user_attr(key, value)
 
     def report(self, number: int, epoch: int, score: float) -> None:
-        """Record an epoch's score."""
-        self._records = None
-        self._running[number].report(score, epoch)
+        """Record an epoch's score; one that goes on from a state may come to an epoch again."""
+        if epoch not in self.trials()[number].reports:
+            self._records = None
+            self._running[number].report(score, epoch)
 
     def tell(self, number: int, score: float, *, is_pruned: bool = False) -> None:
         """End a trial with its score."""
@@ -201,16 +209,26 @@ class Study:
         for frozen in left:
             self._running[frozen.number] = optuna.Trial(self._study, frozen._trial_id)
             self.fail(frozen.number, kind=INTERRUPTED, message="the search was stopped during this trial")
-        done = {t.number for t in self._study.get_trials(deepcopy=False) if _kind(t) == INTERRUPTED}
-        again = {t.user_attrs.get("retry_of") for t in self._study.get_trials(deepcopy=False)}
-        for number in sorted(done - again):
-            frozen = self._study.get_trials(deepcopy=False)[number]
-            kept = {name: frozen.user_attrs[name] for name in ORIGIN if name in frozen.user_attrs}
-            attrs = {"purpose": "search", **kept, "retry_of": number}
-            if frozen.params and "retry_of" not in frozen.user_attrs:
-                self._study.enqueue_trial(frozen.params, user_attrs=attrs)
-                self._records = None
+        trials = self.trials()
+        again = {trial.attrs.get("retry_of") for trial in trials}
+        for trial in trials:
+            is_cut_off = trial.attrs.get("error_kind") == INTERRUPTED and trial.number not in again
+            if is_cut_off and trial.params and INTERRUPTED not in earlier_ends(trial, trials):
+                self.requeue(trial.number, why=INTERRUPTED)
         return [frozen.number for frozen in left]
+
+    def requeue(self, number: int, *, why: str, **attrs: Any) -> None:
+        """Propose a trial again, as another one that goes on from it.
+
+        Args:
+            why: the kind of its failure.
+            attrs: what the new one is to have beside the old one's `ORIGIN`.
+        """
+        trial = self.trials()[number]
+        kept = {name: trial.attrs[name] for name in ORIGIN if name in trial.attrs}
+        self.enqueue(
+            trial.params, **{"purpose": "search", **kept, "retry_of": number, "retry_why": why, **attrs}
+        )
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -354,10 +372,6 @@ def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:
         case Choice():
             value: Scalar = trial.suggest_categorical(name, parameter.values)
             return value
-
-
-def _kind(trial: FrozenTrial) -> str | None:
-    return trial.user_attrs.get("error_kind")
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

@@ -13,16 +13,20 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tlauto import pulse
 from tlauto.contracts import EpochResult, TrialFailed, TrialSpec, trains_backbone
 from tlauto.data import Dataset
-from tlauto.errors import TlautoError, TrialError
+from tlauto.errors import OutOfMemory, TlautoError, TrialError
 from tlauto.plugins import registry
+from tlauto.pool.beats import beat_every
 from tlauto.pool.protocol import (
     Answer,
+    Beat,
     BundleDone,
     JobFailed,
     Message,
@@ -79,11 +83,12 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> No
         dataset = _dataset(spec.dataset)
         done = run_trial(spec, registry(), dataset, device=device, on_epoch=on_epoch)
     except TrialError as error:
-        send(TrialFailed(spec.number, error.kind, str(error), traceback.format_exc()))
+        asked = error.bytes if isinstance(error, OutOfMemory) else None
+        send(TrialFailed(spec.number, error.kind, str(error), traceback.format_exc(), asked))
     except TlautoError as error:
         send(TrialFailed(spec.number, TrialError.kind, str(error), traceback.format_exc()))
     except Exception as error:  # noqa: BLE001 a plugin's model may raise anything; the search goes on
-        kind = "out of memory" if isinstance(error, MemoryError) else "error"
+        kind = OutOfMemory.kind if isinstance(error, MemoryError) else TrialError.kind
         send(TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc()))
     else:
         send(done)
@@ -149,13 +154,17 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever libraries print must not reach the coordinator
     jobs: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
-    _use_threads()
+    one_at_a_time = threading.Lock()
 
     def send(message: Message) -> None:
-        out.write(encode(message) + "\n")
-        out.flush()
+        line = encode(message) + "\n"
+        with one_at_a_time:
+            out.write(line)
+            out.flush()
 
+    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
+    threading.Thread(target=_beat, args=(send,), daemon=True).start()  # importing torch takes a while
+    _use_threads()
     serve(jobs.get, send, device)
     # Libraries may have left threads behind; nothing is unsaved here.
     out.close()
@@ -167,6 +176,14 @@ def _read_jobs(jobs: queue.SimpleQueue[Message]) -> None:
         jobs.put(decode(line))
     # End of input: the coordinator is gone, whatever we are doing is for nobody.
     os._exit(0)
+
+
+def _beat(send: Send) -> None:
+    """Give signs of life as long as the process lives."""
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more: we are gone in a moment
+        while True:
+            time.sleep(beat_every())
+            send(Beat(pulse.reading()))
 
 
 def _use_threads() -> None:

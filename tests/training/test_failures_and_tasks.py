@@ -17,7 +17,7 @@ from tlauto.contracts import TrialDone, TrialSpec
 from tlauto.data import Dataset
 from tlauto.errors import DataError, Diverged, OutOfMemory, TrialError
 from tlauto.plugins import Registry
-from tlauto.training.fit import memory_errors
+from tlauto.training.breakdowns import breakdowns
 from tlauto.training.model import restore
 from tlauto.training.predictor import Predictor
 
@@ -131,15 +131,15 @@ def test_an_image_that_vanished_is_named(spec: TrialSpec, run: Run, dataset: Dat
 def test_a_full_memory_is_an_out_of_memory_trial() -> None:
     with (
         pytest.raises(OutOfMemory, match="on cpu with batches of 64") as failure,
-        memory_errors("on cpu with batches of 64 images"),
+        breakdowns("on cpu with batches of 64 images"),
     ):
         torch.empty(2**50)  # the allocator itself refuses: 4 PiB
     assert failure.value.bytes == 4 * 2**50
-    with pytest.raises(OutOfMemory), memory_errors("here"):
+    with pytest.raises(OutOfMemory), breakdowns("here"):
         np.empty(2**55)
-    with pytest.raises(OutOfMemory), memory_errors("here"):
+    with pytest.raises(OutOfMemory), breakdowns("here"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    with pytest.raises(RuntimeError, match="size mismatch"), memory_errors("here"):
+    with pytest.raises(RuntimeError, match="size mismatch"), breakdowns("here"):
         raise RuntimeError("size mismatch")
 
 

@@ -87,6 +87,6 @@ def _run(spec: TrialSpec, devices: str, folder: Path, pruned_at: int | None) -> 
                     case EpochResult() as result:
                         pool.send(slot.name, Answer(go_on=result.epoch != pruned_at))
                     case None:
-                        raise WorkerDied(f"the worker process ended with code {event.exitcode}")
+                        raise WorkerDied(event.ending, exitcode=event.exitcode)
     finally:
         pool.close()

@@ -46,6 +46,8 @@ def _weights(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...
 @click.option("--metric", metavar="NAME", help="The score.  [default: by task and class balance]")
 @click.option("--trials", type=int, metavar="N", help="Total trials, earlier runs included.")
 @click.option("--time", "time_s", metavar="30m", help="Total time, earlier runs included.")
+@click.option("--trial-timeout", "trial_timeout_s", metavar="30m", help="Most time for one trial.")
+@click.option("--max-failures", type=int, metavar="N", help="Failures in a row that end it.  [default: 10]")
 @click.option("--backbones", callback=_names, metavar="GLOB[,GLOB]", help="Backbones to search.")
 @click.option("--strategies", callback=_names, metavar="NAME[,NAME]", help="Freezing strategies to search.")
 @click.option("--heads", callback=_names, metavar="NAME[,NAME]", help="Heads to search.")
@@ -88,7 +90,8 @@ def command(resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], *
     if resume and flags["new"]:
         raise click.UsageError("--resume and --new exclude each other")
     flags["params"] = parse_params(params) or None
-    flags["time_s"] = None if flags["time_s"] is None else parse_seconds(flags["time_s"])
+    for name in ("time_s", "trial_timeout_s"):
+        flags[name] = None if flags[name] is None else parse_seconds(flags[name])
     config = resolve(flags)
     from tlauto.coordinator import run  # after the checks: Optuna and SQLAlchemy take a second
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 WIDE = 200
 """Columns of a table that goes to a file or another program, where no name should be cut."""
 
+LAST_WORDS = 3
+"""Lines of a failed trial's traceback or log that are shown; its JSON has them all."""
+
 SAME_WINNER = (
     "{} ranks first here as on all earlier datasets of this workspace, though others came near: the ranking "
     "may follow the backbones more than the images; try others by themselves with --backbones"
@@ -49,7 +52,9 @@ def print_study(search: Search) -> None:
     info = search.info()
     config, plan, report = info["config"], info["plan"], info["dataset"]["report"]
     rows = search.leaderboard()
-    states = Counter("interrupted" if row.is_interrupted else row.state for row in rows)
+    states = Counter(
+        "interrupted" if row.is_interrupted else "tried again" if row.retried else row.state for row in rows
+    )
     given = {k: v for k, v in config.items() if v not in (None, [], {}, False) and k not in ("data", "study")}
     lines = [
         ("study", f"{search.name} ({info['state']}, {duration(info['seconds'])} active)"),
@@ -115,7 +120,11 @@ def _print_table(console: Console, rows: Sequence[Row]) -> None:
     console.print(table)
     for row in rows:
         if row.state == "failed":
-            console.print(f"trial {row.number} failed: {row.error}", markup=False)
+            again = " (it was tried again)" if row.retried else ""
+            console.print(f"trial {row.number} failed: {row.error}{again}", markup=False)
+            lines = [line for line in (row.detail or "").splitlines() if line.strip()]
+            for line in lines[-LAST_WORDS:]:
+                console.print(f"        {line}", markup=False)
 
 
 def _print_screening(console: Console, search: Search, rows: Sequence[Row]) -> None:

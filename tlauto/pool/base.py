@@ -17,17 +17,31 @@ class Event:
         slot: the slot's name.
         message: what it said; None when the worker ended.
         exitcode: how it ended, negative for a signal.
-        log_tail: the last lines of its log when it ended.
+        log_tail: the last lines of its log when it ended, or had to be replaced after what it said.
+        hung: why it was taken to stand still and killed; empty when it ended by itself.
     """
 
     slot: str
     message: Message | None
     exitcode: int | None = None
     log_tail: str = ""
+    hung: str = ""
+
+    @property
+    def ending(self) -> str:
+        """How the worker ended, as a sentence."""
+        if self.hung:
+            return f"the worker process {self.hung}"
+        code = self.exitcode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return f"the worker process ended with {how}"
 
 
 class Pool(Protocol):
-    """Workers, one a slot. Every method returns at once except `wait`."""
+    """Workers, one a slot. Every method returns at once except `wait`.
+
+    A worker whose trial ran out of memory or lost its device is replaced, and so is one that stands still.
+    """
 
     @property
     def slots(self) -> Sequence[str]:
@@ -42,8 +56,8 @@ class Pool(Protocol):
         """What happened since the last call; waits for the first event at most so long."""
         ...
 
-    def kill(self, slot: str) -> None:
-        """End a worker at once; no event tells of it."""
+    def kill(self, slot: str) -> str:
+        """End a worker at once and return the last lines of its log; no event tells of it."""
         ...
 
     def close(self, *, grace_s: float = 1.0) -> None:

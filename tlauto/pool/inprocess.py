@@ -51,10 +51,11 @@ class InProcessPool:
         except queue.Empty:
             return events
 
-    def kill(self, slot: str) -> None:
-        """Abandon the thread: Python cannot end it. The next job gets a new one."""
+    def kill(self, slot: str) -> str:
+        """Abandon the thread: Python cannot end it. The next job gets a new one. There is no log."""
         self._jobs.put(Stop())
         self._jobs, self._events, self._thread = queue.SimpleQueue(), queue.SimpleQueue(), None
+        return ""
 
     def close(self, *, grace_s: float = 1.0) -> None:
         """Ask the worker to stop and wait for it a moment."""

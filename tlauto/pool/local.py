@@ -10,14 +10,27 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tlauto.contracts import TrialFailed
 from tlauto.devices import Slot
+from tlauto.errors import DeviceLost, OutOfMemory
 from tlauto.pool.base import Event
-from tlauto.pool.protocol import Message, Stop, decode, encode
+from tlauto.pool.beats import Limits, Watch, limits_here
+from tlauto.pool.protocol import ENDS, JOBS, Beat, Message, Stop, decode, encode
 
 LOG_TAIL_BYTES = 4000
+
+SPOILING = (OutOfMemory.kind, DeviceLost.kind)
+"""Failures that leave their mark on a process: memory in pieces, a context that is gone."""
+
+LOOK_S = 5.0
+"""Most that the workers' clocks move on between two looks at them. When this process stood still for
+longer, stopped or asleep, they may have spoken all the while."""
+
+REAP_S = 5.0
+"""How long a killed process is waited for. One that hangs in a driver goes when the kernel lets it."""
 
 
 @dataclass
@@ -26,6 +39,7 @@ class _Worker:
     log: Path
     generation: int
     log_start: int
+    watch: Watch
     reader: threading.Thread | None = None
 
 
@@ -36,8 +50,23 @@ class LocalPool:
     every platform.
     """
 
-    def __init__(self, slots: Sequence[Slot], *, logs: Path, env: dict[str, str] | None = None) -> None:
-        """Args: logs: folder for the workers' logs; env: further variables for every worker."""
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        *,
+        logs: Path,
+        env: dict[str, str] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """Watch over workers that `send` will start. Raises: ConfigError for a wrong TLAUTO_SILENCE.
+
+        Args:
+            logs: folder for the workers' logs.
+            env: further variables for every worker.
+            limits: how long a worker may stand still.
+        """
+        self._limits = limits or limits_here()
+        self._looked = time.monotonic()
         self._slots = {slot.name: slot for slot in slots}
         self._logs = logs
         self._env = env or {}
@@ -53,6 +82,8 @@ class LocalPool:
     def send(self, slot: str, message: Message) -> None:
         """Write a line to the slot's worker, starting one when there is none."""
         worker = self._workers.get(slot) or self._start(slot)
+        if isinstance(message, JOBS):
+            worker.watch.begin()
         assert worker.process.stdin is not None
         try:
             worker.process.stdin.write(encode(message) + "\n")
@@ -63,22 +94,21 @@ class LocalPool:
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Events since the last call, at least one unless the time runs out first."""
-        events = []
-        try:
-            pair = self._events.get(timeout=max(0.0, timeout_s))
-            while True:
-                if self._is_current(pair):
-                    events.append(self._settle(pair[1]))
-                pair = self._events.get_nowait()
-        except queue.Empty:
-            return events
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            events = [*self._said(max(0.0, left)), *self._standing()]
+            if events or left <= 0:
+                return events
 
-    def kill(self, slot: str) -> None:
+    def kill(self, slot: str) -> str:
         """End the slot's worker now."""
         worker = self._workers.pop(slot, None)
-        if worker:
-            worker.process.kill()
-            _reap(worker)
+        if worker is None:
+            return ""
+        worker.process.kill()
+        _reap(worker)
+        return _tail(worker)
 
     def pid(self, slot: str) -> int | None:
         """The process id of a slot's worker, if it has one."""
@@ -113,7 +143,7 @@ class LocalPool:
                 env={**os.environ, **slot.env, **self._env},
                 start_new_session=True,  # Ctrl-C is for the coordinator, which decides what stops
             )
-            worker = _Worker(process, log, self._generation, errors.tell())
+            worker = _Worker(process, log, self._generation, errors.tell(), Watch(self._limits))
         self._workers[name] = worker
         worker.reader = threading.Thread(target=self._read, args=(name, worker), daemon=True)
         worker.reader.start()
@@ -122,25 +152,63 @@ class LocalPool:
     def _read(self, slot: str, worker: _Worker) -> None:
         assert worker.process.stdout is not None
         for line in worker.process.stdout:
-            self._events.put((worker.generation, Event(slot, decode(line))))
+            with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                self._events.put((worker.generation, Event(slot, decode(line))))
         code = worker.process.wait()
         self._events.put((worker.generation, Event(slot, None, code, _tail(worker))))
+
+    def _said(self, timeout_s: float) -> list[Event]:
+        """What workers said, signs of life apart; waits for the first word at most so long."""
+        events = []
+        with contextlib.suppress(queue.Empty):
+            pair = self._events.get(timeout=timeout_s)
+            while True:
+                event = self._settle(pair[1]) if self._is_current(pair) else None
+                if event:
+                    events.append(event)
+                pair = self._events.get_nowait()
+        return events
+
+    def _standing(self) -> list[Event]:
+        """Kill the workers that stand still, and say so."""
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, LOOK_S), now
+        events = []
+        for slot, worker in list(self._workers.items()):
+            reason = worker.watch.passed(passed)
+            if reason:
+                events.append(Event(slot, None, log_tail=self.kill(slot), hung=reason))
+        return events
 
     def _is_current(self, pair: tuple[int, Event]) -> bool:
         worker = self._workers.get(pair[1].slot)
         return worker is not None and worker.generation == pair[0]
 
-    def _settle(self, event: Event) -> Event:
-        if event.message is None:
+    def _settle(self, event: Event) -> Event | None:
+        """The event as others are to see it, None for a sign of life."""
+        worker, message = self._workers[event.slot], event.message
+        if message is None:
             _reap(self._workers.pop(event.slot))
+            return event
+        if isinstance(message, Beat):
+            worker.watch.heard(message.work)
+            return None
+        worker.watch.heard()
+        if isinstance(message, ENDS):
+            worker.watch.end()
+        if isinstance(message, TrialFailed) and message.kind in SPOILING:
+            return replace(event, log_tail=self.kill(event.slot))
         return event
 
 
 def _reap(worker: _Worker) -> None:
     """Wait for a process that is ending, and close its pipes."""
-    worker.process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        worker.process.wait(timeout=REAP_S)
     if worker.reader:
-        worker.reader.join(timeout=2.0)  # a grandchild may hold the pipe open
+        worker.reader.join(timeout=2.0)
+        if worker.reader.is_alive():
+            return  # a grandchild holds the pipe open, and closing it would wait for the reader
     assert worker.process.stdin is not None
     assert worker.process.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # a last line that it never read

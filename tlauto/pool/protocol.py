@@ -88,6 +88,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Beat:
+    """A sign of life, every few seconds; `work` is a count of it (`tlauto.pulse`)."""
+
+    work: int
+
+
+@dataclass(frozen=True)
 class Note:
     """A sentence for the user."""
 
@@ -127,9 +134,14 @@ class JobFailed:
     detail: str = field(default="")
 
 
+JOBS = (Preflight, RunTrial, WriteBundle)
+"""What keeps a worker busy until it says one of `ENDS`."""
+
+ENDS = (PreflightDone, BundleDone, JobFailed, TrialDone, TrialFailed)
+
 Message = (
-    Preflight | RunTrial | WriteBundle | Answer | Stop | Ready | Note | PreflightDone | BundleDone | JobFailed
-    | EpochResult | TrialDone | TrialFailed
+    Preflight | RunTrial | WriteBundle | Answer | Stop | Ready | Beat | Note | PreflightDone | BundleDone
+    | JobFailed | EpochResult | TrialDone | TrialFailed
 )  # fmt: skip
 _TYPES: dict[str, Any] = {t.__name__: t for t in Message.__args__}
 

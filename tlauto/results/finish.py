@@ -269,7 +269,7 @@ def _ended(event: Event, emit: Emit) -> Message | None:
         case TrialDone() | TrialFailed() | BundleDone() | JobFailed():
             return event.message
         case None:
-            return JobFailed(f"the worker process ended with code {event.exitcode}", event.log_tail)
+            return JobFailed(event.ending, event.log_tail)
         case Note(text):
             emit(Said(text))
     return None

@@ -26,6 +26,10 @@ class Row:
         features: what of the backbone the head reads, None until the trial ended.
         metrics: on validation, name to {"value", "low", "high"}.
         error: `kind: sentence` of a failed trial.
+        detail: its traceback, or the last lines of its worker's log.
+        retried: whether it was tried again after it failed, which does not count.
+        retry_of: the failed or interrupted trial that this one is another attempt at.
+        micro_batch: images that the network took at once, where memory did not allow a whole batch.
     """
 
     number: int
@@ -45,6 +49,10 @@ class Row:
     features: str | None
     metrics: Mapping[str, Mapping[str, float]]
     error: str | None
+    detail: str | None = None
+    retried: bool = False
+    retry_of: int | None = None
+    micro_batch: int | None = None
     is_best: bool = False
 
     @property
@@ -56,7 +64,8 @@ class Row:
     @property
     def counts(self) -> bool:
         """Whether it counts towards the total of trials."""
-        return self.state in ("complete", "pruned", "failed") and not self.is_interrupted
+        is_over = self.state in ("complete", "pruned", "failed")
+        return is_over and not self.is_interrupted and not self.retried
 
 
 def leaderboard(store: Store, study: Study) -> list[Row]:
@@ -102,5 +111,9 @@ def _row(record: TrialRecord, stored: Mapping[str, Any] | None, *, is_best: bool
         features=result.get("features"),
         metrics=result.get("metrics", {}),
         error=f"{kind}: {error}" if kind else None,
+        detail=(stored or {}).get("detail") or None,
+        retried=bool(record.attrs.get("retried")),
+        retry_of=record.attrs.get("retry_of"),
+        micro_batch=spec.get("micro_batch"),
         is_best=is_best,
     )

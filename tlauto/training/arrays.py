@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from tlauto import pulse
 from tlauto.caches import cache_limit, make_room
 from tlauto.errors import ConfigError, TlautoError
 from tlauto.locks import is_at, locked, share
@@ -57,7 +58,7 @@ def cached_array(
             return array
         path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with _writing(path.parent):
+        with _writing(path.parent), pulse.waiting():
             is_locked = stack.enter_context(locked(path.with_suffix(".lock")))
             array = _mapped(wanted)  # somebody else computed it while we waited
         if array is None:
@@ -83,6 +84,7 @@ def _compute(wanted: Wanted, rows: Rows, *, name: str) -> None:
                         make_room(wanted.path, wanted.bytes, limit)
                         has_room = True
                     part.append(block)
+                pulse.tick()
         with _writing(folder):
             part.finish()
     except (TlautoError, ValueError):

@@ -11,11 +11,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from tlauto.contracts import ImageInput
+from tlauto import pulse
+from tlauto.contracts import ImageInput, TrialSpec
+from tlauto.recipe import EVAL_BATCH
 from tlauto.training.augment import Augment, Plan
 from tlauto.training.pixels import Pixels
 
-EVAL_BATCH = 64
 LOOK_AHEAD = 2  # batches prepared while a GPU is busy with an earlier one
 
 Made = TypeVar("Made")
@@ -48,19 +49,25 @@ def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
+def eval_batch(spec: TrialSpec) -> int:
+    """Images that a trial's network takes at once where it does not learn."""
+    return min(EVAL_BATCH, spec.micro_batch or EVAL_BATCH)
+
+
 def centre_batches(
-    pixels: Pixels, device: torch.device, indices: Sequence[int] | None = None
+    pixels: Pixels, device: torch.device, indices: Sequence[int] | None = None, *, size: int = EVAL_BATCH
 ) -> Iterator[torch.Tensor]:
-    """Images in order, all unless `indices` says which, unaugmented: normalised (N, 3, H, W)."""
+    """Images in order, all unless `indices` says which, unaugmented: normalised (N, 3, H, W), N <= `size`."""
     chosen = range(len(pixels)) if indices is None else indices
-    starts = range(0, len(chosen), EVAL_BATCH)
+    starts = range(0, len(chosen), size)
 
     def read(batch: int) -> torch.Tensor:
-        return pinned(pixels.crops(chosen[starts[batch] : starts[batch] + EVAL_BATCH]), device)
+        return pinned(pixels.crops(chosen[starts[batch] : starts[batch] + size]), device)
 
     with contextlib.closing(ahead(read, len(starts), device=device)) as prepared:
         for crops in prepared:
             yield normalise(crops, pixels.input, device)
+            pulse.tick()
 
 
 class Stream:
@@ -116,6 +123,7 @@ def augmented_batches(
             if plan:
                 images = augment(to_device(images, device), plan.map(lambda part: to_device(part, device)))
             yield indices, normalise(images, pixels.input, device)
+            pulse.tick()
 
 
 def ahead(make: Callable[[int], Made], count: int, *, device: torch.device) -> Generator[Made]:

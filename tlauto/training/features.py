@@ -23,7 +23,7 @@ from tlauto.contracts import Backbone, ImageInput, TrialSpec
 from tlauto.data import Dataset
 from tlauto.plugins import Registry
 from tlauto.training.arrays import cached_array
-from tlauto.training.batches import centre_batches
+from tlauto.training.batches import centre_batches, eval_batch
 from tlauto.training.engines import Extractor
 from tlauto.training.halving import Unfit, require_fit
 from tlauto.training.linear import stratified_folds
@@ -154,9 +154,9 @@ class FeatureSource:
         def blocks(first: int) -> Iterator[np.ndarray]:
             # Of the images themselves they are in the cache, mostly: only the mirror images are run.
             plain = self._part(splits[0], kind, mirror=False) if mirror else None
-            pixels, run = self.pixels(splits), self._extractor(kind)
+            pixels, run, size = self.pixels(splits), self._extractor(kind), eval_batch(self.spec)
             with torch.inference_mode():
-                for images in centre_batches(pixels, self.device, indices[first:]):
+                for images in centre_batches(pixels, self.device, indices[first:], size=size):
                     found = run(images.flip(-1) if mirror else images).float().cpu()
                     if plain is not None:
                         found = mirrored(torch.from_numpy(plain[first : first + len(found)]).float(), found)

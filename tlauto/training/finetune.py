@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tlauto import pulse
 from tlauto.contracts import EpochResult, TrainPlan
 from tlauto.errors import Diverged
 from tlauto.training.augment import LEVELS, mixup
@@ -142,23 +143,36 @@ class Run:
         random: np.random.Generator,
     ) -> torch.Tensor:
         """One step; the loss stays on the device, so that a GPU need not be waited for."""
-        trial, device = self.trial, self.trial.device
-        targets = torch.from_numpy(trial.train_targets[indices]).to(device)
+        trial = self.trial
+        targets = torch.from_numpy(trial.train_targets[indices]).to(trial.device)
         alpha = LEVELS[trial.settings.augment].mixup
         if alpha and trial.task.name in MIXES:
             soft = soft_targets(targets, trial.num_outputs)
             # Of activations: manifold mixup at a fixed layer (Verma et al. 2019, arXiv:1806.05236).
             batch, targets = mixup(batch, soft, alpha, random)
-        with autocast(device):
-            logits = self.classifier.read(self.inputs.features(batch, self.classifier.kind))
-        loss = trial.loss(logits.float(), targets)
         optimizer.zero_grad()
-        torch.autograd.backward(self.scaler.scale(loss))
+        loss = self._gradients(batch, targets)
         self.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(_learning(optimizer), MAX_GRADIENT)
         self.scaler.step(optimizer)
         self.scaler.update()
-        return loss.detach()
+        return loss
+
+    def _gradients(self, batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients of the batch's mean loss, part after part, and return that loss.
+
+        A task's loss is a mean over images, so that of the batch is the parts' by their shares of it.
+        """
+        device, count = self.trial.device, len(batch)
+        total = torch.zeros((), device=device)
+        for part in parts_of(count, self.trial.spec.micro_batch):
+            with autocast(device):
+                logits = self.classifier.read(self.inputs.features(batch[part], self.classifier.kind))
+            loss = self.trial.loss(logits.float(), targets[part]) * ((part.stop - part.start) / count)
+            torch.autograd.backward(self.scaler.scale(loss))
+            total += loss.detach()
+            pulse.tick()
+        return total
 
     def _follow_plan(self, epoch: int) -> torch.optim.Optimizer:
         """Let learn what the plan of this epoch (from 0) says; rebuild the groups if that changed."""
@@ -177,6 +191,12 @@ class Run:
         return self.optimizer
 
 
+def parts_of(count: int, most: int | None) -> list[slice]:
+    """A batch of `count` images in as few parts of at most `most` as it takes, of about the same size."""
+    parts = math.ceil(count / most) if most else 1
+    return [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+
+
 def soft_targets(targets: torch.Tensor, num_outputs: int) -> torch.Tensor:
     """Targets (N, K) float32 of classes (N,), or the multi-hot targets (N, K) themselves."""
     if targets.ndim == 2:
@@ -187,8 +207,11 @@ def soft_targets(targets: torch.Tensor, num_outputs: int) -> torch.Tensor:
 @torch.inference_mode()
 def _logits(classifier: Classifier, inputs: Inputs) -> torch.Tensor:
     classifier.eval()
-    kind = classifier.kind
-    return torch.cat([classifier.read(inputs.features(batch, kind)) for batch in inputs.valid()])
+    outputs = []
+    for batch in inputs.valid():
+        outputs.append(classifier.read(inputs.features(batch, classifier.kind)))
+        pulse.tick()
+    return torch.cat(outputs)
 
 
 def _learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -6,10 +6,8 @@ backbone or `finetune.fine_tune` for one that learns.
 
 from __future__ import annotations
 
-import contextlib
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,9 @@ import torch
 from tlauto import metrics
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
 from tlauto.data import Dataset
-from tlauto.errors import OutOfMemory
 from tlauto.plugins import Registry, loaded_libraries
+from tlauto.recipe import EVAL_BATCH
+from tlauto.training.breakdowns import breakdowns
 from tlauto.training.checkpoint import START, save_checkpoint
 from tlauto.training.finetune import fine_tune
 from tlauto.training.frozen import fit_head
@@ -27,9 +26,6 @@ from tlauto.training.seeding import seed_everything
 from tlauto.training.trial import Fitted, Trial, prepare
 
 PREDICTIONS = "predictions.npz"
-# torch has an exception for a full GPU, but a full main memory is a bare RuntimeError.
-FULL_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
-BYTES = re.compile(r"tried to allocate (\d+) bytes")
 
 
 def run_trial(
@@ -47,16 +43,24 @@ def run_trial(
         on_epoch: told of each epoch; its answer False stops the trial as pruned. A trial on cached
             features tells only of its last epoch, a refit only of its evaluation on the test part.
 
-    Returns what is to be known of the best epoch. Raises: TrialError, OutOfMemory or Diverged when
-    this trial cannot end; WeightsError, DataError or UnknownNameError when something is missing.
+    Returns what is to be known of the best epoch. Raises: TrialError, OutOfMemory, DeviceLost or Diverged
+    when this trial cannot end; WeightsError, DataError or UnknownNameError when something is missing.
     """
     started = time.perf_counter()
     seed_everything(spec.seed)
     trial = prepare(spec, registry, dataset, torch.device(device))
-    with memory_errors(f"on {device} with batches of {trial.settings.batch_size} images"):
+    with breakdowns(f"on {device} {_at_once(trial)}"):
         train = fine_tune if trains_backbone(trial.strategy) else fit_head
         fitted = train(trial, on_epoch)
     return _keep(trial, fitted, registry, dataset, started)
+
+
+def _at_once(trial: Trial) -> str:
+    most = trial.spec.micro_batch
+    parts = f"{most} images at a time" if most else ""
+    if not trains_backbone(trial.strategy):
+        return f"with {parts or f'{EVAL_BATCH} images at a time'}"
+    return f"with batches of {trial.settings.batch_size} images" + (f", {parts}" if parts else "")
 
 
 def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, started: float) -> TrialDone:
@@ -105,18 +109,3 @@ def _provenance(spec: TrialSpec, registry: Registry) -> dict[str, str]:
         "strategy": registry.source("freeze_strategies", spec.strategy),
         "head": registry.source("task_heads", spec.head),
     }
-
-
-@contextlib.contextmanager
-def memory_errors(where: str) -> Iterator[None]:
-    """Turn torch's, Python's and the CPU allocator's ways to run out of memory into OutOfMemory."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not FULL_MEMORY.search(str(error)):
-            raise
-        found = BYTES.search(str(error))
-        raise OutOfMemory(
-            f"out of memory {where}; a smaller batch or backbone needs less",
-            bytes=int(found.group(1)) if found else None,
-        ) from error

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tlauto import pulse
 from tlauto.contracts import EpochResult
 from tlauto.errors import Diverged
 from tlauto.training.batches import Stream
@@ -93,6 +94,7 @@ def _losses(readout: Readout, trial: Trial, train: Rows, among: torch.Tensor) ->
             nn.utils.clip_grad_norm_(readout.head.parameters(), MAX_GRADIENT)
             optimizer.step()
             total += loss.detach()
+            pulse.tick()
         if not torch.isfinite(total):
             raise Diverged(f"the training loss became {total.item()} in epoch {epoch}", epoch=epoch)
         yield epoch, total.item() / steps

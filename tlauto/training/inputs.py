@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tlauto.training.augment import Augment
-from tlauto.training.batches import Stream, augmented_batches, centre_batches
+from tlauto.training.batches import Stream, augmented_batches, centre_batches, eval_batch
 from tlauto.training.draws import keys_of
 from tlauto.training.model import Kind, features_of
 from tlauto.training.trial import Trial
@@ -63,7 +63,7 @@ class Images:
 
     def valid(self) -> Iterator[torch.Tensor]:
         """Centre crops."""
-        return centre_batches(self.valid_pixels, self.trial.device)
+        return centre_batches(self.valid_pixels, self.trial.device, size=eval_batch(self.trial.spec))
 
     def features(self, batch: torch.Tensor, kind: Kind) -> torch.Tensor:
         """Those of the whole backbone."""

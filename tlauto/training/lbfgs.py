@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from tlauto import pulse
+
 Objective = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Of points (A, P) and the numbers (A,) of their problems: values (A,) and gradients (A, P)."""
 
@@ -39,6 +41,7 @@ def minimise(
     limit = tolerance * torch.maximum(_largest(gradient), _largest(origin))
     pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for _ in range(steps):
+        pulse.tick()
         going = _largest(gradient) > limit
         if not bool(going.all()):
             answer[active[~going]] = x[~going]

@@ -32,7 +32,7 @@ from tlauto.data import Item
 from tlauto.splits import Split, split_of
 from tlauto.training.arrays import cached_array
 from tlauto.training.augment import LEVELS, Augment
-from tlauto.training.batches import EVAL_BATCH, Stream, ahead, augmented_batches, normalise, pinned, to_device
+from tlauto.training.batches import Stream, ahead, augmented_batches, eval_batch, normalise, pinned, to_device
 from tlauto.training.inputs import autocast
 from tlauto.training.model import Kind, features_of
 from tlauto.training.pixels import contents, gather, geometry
@@ -170,9 +170,9 @@ class Prefixed:
 
     def valid(self) -> Iterator[torch.Tensor]:
         """Activations of the plain view of `evaluate_on`."""
-        count = len(self.trial.valid_targets)
-        for start in range(0, count, EVAL_BATCH):
-            rows = range(start, min(start + EVAL_BATCH, count))
+        count, size = len(self.trial.valid_targets), eval_batch(self.trial.spec)
+        for start in range(0, count, size):
+            rows = range(start, min(start + size, count))
             yield self.form.on(self._valid.read(rows), self.trial.device)
 
     def features(self, batch: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -233,11 +233,12 @@ class Prefixed:
         trial, device = self.trial, self.trial.device
         pixels = trial.source.pixels([name])
         augment = Augment(trial.settings.augment if view else "none", pixels.input)
-        batches = [list(rows[i : i + EVAL_BATCH]) for i in range(0, len(rows), EVAL_BATCH)]
+        size = eval_batch(trial.spec)
+        batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
         every = view_keys(items, view)
 
         def keys(batch: int) -> np.ndarray:
-            return every[batch * EVAL_BATCH : (batch + 1) * EVAL_BATCH]
+            return every[batch * size : (batch + 1) * size]
 
         trial.source.backbone.set_training(False)
         for _, images in augmented_batches(pixels, batches, augment, keys, device):

@@ -30,7 +30,9 @@ from tlauto.training.trial import Best, Evaluation
 SHARE = 0.05
 """Most of the time that writing states may take; a trial that is stopped writes its own in any case."""
 
-OTHER_FIELDS = ("number", "dataset", "weights", "folder", "cache", "purpose", "init_head", "resume_from")
+OTHER_FIELDS = (
+    "number", "dataset", "weights", "folder", "cache", "purpose", "init_head", "resume_from", "micro_batch",
+)  # fmt: skip
 """What may differ between the trial that wrote a state and the one that goes on from it."""
 
 PART = f".{STATE_FILE}.part"
