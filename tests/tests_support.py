@@ -12,8 +12,19 @@ from typing import Any
 
 from PIL import Image
 
+from tlauto.contracts import TrialSpec, WeightsOptions
+
 TINY = ("--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained", "--offline", "--preset", "fast")
 """Arguments of a search over one random backbone of 0.5 M parameters."""
+
+
+def trial_spec(number: int) -> TrialSpec:
+    """A specification to record, not to run."""
+    return TrialSpec(
+        number=number, dataset="d.json", task="multiclass", metric="accuracy", backbone="timm:x",
+        strategy="full", head="linear", params={"optim.name": "sgd"}, weights=WeightsOptions(), seed=1,
+        epochs=3, folder="f", cache="c",
+    )  # fmt: skip
 
 
 def command(*args: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from tlauto.connections import engine_options, explained, explanation, is_conflict, wait_for_restarts
 from tlauto.errors import StoreError
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
@@ -33,6 +35,9 @@ ORIGIN = ("purpose", "from_study")
 
 MEMORY = "memory"
 """In place of a database's URL: the study is gone with its object, as a simulation wants it."""
+
+MOST_TRIES = 20
+"""How often to open a database whose tables another process is making."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -64,7 +69,9 @@ class TrialRecord:
 
 def check_name(url: str, name: str, *, create: bool) -> None:
     """Raise StoreError when the study of that name is not ours, or is gone while `create` is False."""
-    _exists(_storage(url), name, create=create)
+    storage = open_storage(url)
+    with _explained(url):
+        _exists(storage, name, create=create)
 
 
 def trial_reader(url: str) -> Callable[[str], list[TrialRecord]]:
@@ -72,14 +79,15 @@ def trial_reader(url: str) -> Callable[[str], list[TrialRecord]]:
 
     It raises StoreError when the trials of a study are gone or damaged.
     """
-    storage = _storage(url)
+    storage = open_storage(url)
 
     def read(name: str) -> list[TrialRecord]:
         try:
-            return [_record(t) for t in storage.get_all_trials(storage.get_study_id_from_name(name))]
+            with _explained(url):
+                return [_record(t) for t in storage.get_all_trials(storage.get_study_id_from_name(name))]
         except KeyError:
             raise StoreError("its trials are gone from the database") from None
-        except (ValueError, TypeError, optuna.exceptions.StorageInternalError) as error:
+        except (ValueError, TypeError) as error:
             raise StoreError(f"its trials cannot be read ({error!r})") from None
 
     return read
@@ -95,10 +103,13 @@ class Study:
     def __init__(self, url: str, name: str, *, seed: int, create: bool) -> None:
         self.name = name
         self.seed = seed
-        self._storage = _storage(url)
-        exists = _exists(self._storage, name, create=create)
-        with warnings.catch_warnings():
+        self._url = url
+        self._storage = open_storage(url)
+        self._running: dict[int, optuna.Trial] = {}
+        self._records: list[TrialRecord] | None = None
+        with _explained(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            exists = _exists(self._storage, name, create=create)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -107,14 +118,12 @@ class Study:
                 pruner=optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
-        self._running: dict[int, optuna.Trial] = {}
-        self._records: list[TrialRecord] | None = None
-        if not exists:
-            self._study.set_user_attr("tlauto_format", FORMAT)
+            if not exists:
+                self._study.set_user_attr("tlauto_format", FORMAT)
 
     def set_metric(self, metric: str) -> None:
         """Name the score, for the dashboard."""
-        with warnings.catch_warnings():
+        with _explained(self._url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names([metric])
 
@@ -122,14 +131,14 @@ class Study:
     def explaining(self) -> Iterator[None]:
         """Turn what Optuna's storage raises within the block into a StoreError."""
         try:
-            yield
-        except (KeyError, optuna.exceptions.StorageInternalError) as error:
-            # A record that is not there any more is a KeyError; so is a mistake of ours.
-            _exists(self._storage, self.name, create=False)
-            if isinstance(error, KeyError):
-                raise
-            cause = str(error.__cause__ or error).splitlines()[0]
-            raise StoreError(f"cannot write to the database: {cause}; the same command goes on") from error
+            with _explained(self._url):
+                yield
+        except (KeyError, StoreError) as error:
+            # A record that is not there any more is a KeyError, or refused; so is a mistake of ours.
+            if isinstance(error, KeyError) or is_conflict(error.__cause__):
+                with _explained(self._url):
+                    _exists(self._storage, self.name, create=False)
+            raise
 
     # --- proposing --------------------------------------------------------------------------------
 
@@ -217,7 +226,8 @@ class Study:
         Nobody else changes them: a study has one coordinator.
         """
         if self._records is None:
-            self._records = [_record(trial) for trial in self._study.get_trials(deepcopy=False)]
+            with _explained(self._url):
+                self._records = [_record(trial) for trial in self._study.get_trials(deepcopy=False)]
         return list(self._records)
 
     @property
@@ -271,15 +281,39 @@ class _TunedConnection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL")
 
 
-def _storage(url: str) -> optuna.storages.BaseStorage:
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    """Optuna's own tables in a database, made if need be; raises StoreError when it cannot be used."""
     if url == MEMORY:
         return optuna.storages.InMemoryStorage()
-    arguments = {"timeout": 60, "factory": _TunedConnection} if url.startswith("sqlite") else {}
+    options = engine_options(url)
+    if url.startswith("sqlite"):
+        options["connect_args"]["factory"] = _TunedConnection
+    for tries_left in reversed(range(MOST_TRIES)):
+        try:
+            with _explained(url):
+                # Optuna formats the URL, in which a folder's name may have braces.
+                escaped = url.replace("{", "{{").replace("}", "}}")
+                storage = optuna.storages.RDBStorage(escaped, engine_kwargs=options)
+            break
+        except RuntimeError as error:
+            cause = str(error).splitlines()[0]
+            raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
+        except StoreError as error:
+            # Two that open a new database at once make the same tables.
+            if not tries_left or not is_conflict(error.__cause__):
+                raise
+            time.sleep(0.1)
+    wait_for_restarts(storage.engine)
+    return storage
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
-    except RuntimeError as error:
-        cause = str(error).splitlines()[0]
-        raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
+        with explained(url):
+            yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise StoreError(explanation(url, error.__cause__ or error)) from error.__cause__
 
 
 def _exists(storage: optuna.storages.BaseStorage, name: str, *, create: bool) -> bool:
