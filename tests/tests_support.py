@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from tlauto.contracts import TrialSpec, WeightsOptions
@@ -72,6 +76,43 @@ def refused(*args: str, cwd: Path, code: int = 1, env: Mapping[str, str] | None 
     else:
         assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[-1]
+
+
+def run_with_mounts(script: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell script, `$TLAUTO` for the command, whose mounts nobody else sees, or skip the test."""
+    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    shell = ["unshare", "--mount", *user, "sh", "-ec"]
+    try:
+        subprocess.run([*shell, "mount -t tmpfs tmpfs ."], cwd=cwd, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this system lets no test mount anything ({error})")
+    env = {**environment(cwd), "TLAUTO": f"{sys.executable} -m tlauto"}
+    return subprocess.run(
+        [*shell, script], cwd=cwd, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def wait_for(log: Path, pattern: str, process: subprocess.Popen[Any]) -> re.Match[str]:
+    """The first match of a pattern in what a process writes to its log."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if found := re.search(pattern, log.read_text()):
+            return found
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f"'{pattern}' never came; it said:\n{log.read_text()}")
+
+
+def wait_until_served(port: int) -> None:
+    """Return once the dashboard answers; it says that it listens a moment before it does."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def children(pid: int) -> list[int]:

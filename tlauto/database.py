@@ -56,7 +56,8 @@ def make_safe(file: Path) -> list[str]:
     Raises: StoreError when the file is damaged or gone and cannot be restored.
     """
     notes = [_warning(file)] if network(file.parent) else []
-    if not file.exists() and not backup_of(file).exists():
+    has_rows = file.exists() and file.stat().st_size > 0
+    if not has_rows and not backup_of(file).exists():
         return notes
     lock = file.with_name(f"{file.name}.lock")
     try:
@@ -102,7 +103,7 @@ def _checked(file: Path, backup: Path) -> list[str]:
             f"the database {file} is gone but its backup {backup.name} is there; rename the backup to "
             f"{file.name} to go on from it, or move it away to start anew"
         )
-    damage = _damage(file, has_backup=backup.exists())
+    damage = _damage(file)
     if damage:
         return [_restored(file, backup, damage)]
     try:
@@ -112,11 +113,10 @@ def _checked(file: Path, backup: Path) -> list[str]:
     return []
 
 
-def _damage(file: Path, *, has_backup: bool = True) -> str | None:
+def _damage(file: Path) -> str | None:
     """What is wrong with a database; None when nothing is."""
     if not file.stat().st_size:
-        # SQLite takes it for a new database, which it is unless there was one before.
-        return "the file is empty" if has_backup else None
+        return "the file is empty"  # for SQLite, a new database
     try:
         with closing(_open(file)) as connection:
             (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
