@@ -146,7 +146,7 @@ def test_the_journal_of_a_damaged_database_is_not_applied_to_its_backup(file: Pa
     assert journal.stat().st_size
     overwrite(file)
     make_safe(file)
-    assert file.with_name("tlauto.db.damaged-1-wal").stat().st_size and not journal.exists()
+    assert not journal.exists()
     assert trials_in(file) == [0, 1, 2]
 
 
