@@ -169,7 +169,8 @@ def open_at_once(url: str, *, processes: int = 4) -> None:
     ended = [process.communicate(timeout=300) for process in opening]
     assert [p.returncode for p in opening] == [0] * processes, [error for _, error in ended]
     for n in range(processes):
-        assert Study(url, f"study{n}", seed=0, create=False).trials() == []
+        with closing(Study(url, f"study{n}", seed=0, create=False)) as study:
+            assert study.trials() == []
 
 
 def test_several_searches_may_make_a_database_at_once(tmp_path: Path) -> None:

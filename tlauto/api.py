@@ -48,8 +48,8 @@ class Search:
         from tlauto.results.leaderboard import leaderboard
         from tlauto.study import Study
 
-        with self._store() as store:
-            return leaderboard(store, Study(store.url, self.name, seed=0, create=False))
+        with self._store() as store, closing(Study(store.url, self.name, seed=0, create=False)) as study:
+            return leaderboard(store, study)
 
     @property
     def screening(self) -> Screening:
@@ -59,7 +59,8 @@ class Search:
 
         with self._store() as store:
             row = store.search(self.name)
-            trials = Study(store.url, self.name, seed=0, create=False).trials()
+            with closing(Study(store.url, self.name, seed=0, create=False)) as study:
+                trials = study.trials()
         return screening(row["plan"], trials, seed=json.loads(row["config"])["seed"])
 
     @property

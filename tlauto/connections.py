@@ -76,8 +76,10 @@ def engine_options(url: str) -> dict[str, Any]:
 
 def open_engine(url: str) -> sa.Engine:
     """An engine that has not connected yet; raises StoreError when the URL cannot be used."""
+    why = "in a password '@' is written %40"
     try:
-        return sa.create_engine(url, **engine_options(url))
+        if "@" not in (sa.make_url(url).host or ""):
+            return sa.create_engine(url, **engine_options(url))
     except sa.exc.NoSuchModuleError as error:
         why = str(error)
     except ImportError as error:

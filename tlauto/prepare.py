@@ -55,6 +55,7 @@ class Session:
         self.pool.close(grace_s=grace_s)
         self.store.release(self.name, state=state)
         self.store.close()
+        self.study.close()
 
 
 def open_session(config: SearchConfig, *, emit: Emit) -> Session:
@@ -277,7 +278,8 @@ def _make_pool(config: SearchConfig, slots: Sequence[Slot], folder: Path) -> Poo
 def _create(
     store: Store, name: str, plan: Plan, dataset: Dataset, report: str, infos: Mapping[str, BackboneInfo]
 ) -> None:
-    Study(store.url, name, seed=plan.config.seed, create=True).set_metric(plan.metric)
+    with contextlib.closing(Study(store.url, name, seed=plan.config.seed, create=True)) as study:
+        study.set_metric(plan.metric)
     decided = {
         "metric": plan.metric,
         "task": plan.task,

@@ -110,7 +110,11 @@ class Store:
         self._engine = open_engine(url)
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _tune_sqlite)
-        migrate(self._engine, url, create=create)
+        try:
+            migrate(self._engine, url, create=create)
+        except StoreError:
+            self.close()
+            raise
         wait_for_restarts(self._engine)
 
     def close(self) -> None:

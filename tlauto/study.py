@@ -69,17 +69,16 @@ class TrialRecord:
 
 def check_name(url: str, name: str, *, create: bool) -> None:
     """Raise StoreError when the study of that name is not ours, or is gone while `create` is False."""
-    storage = open_storage(url)
-    with _explained(url):
+    with _opened(url) as storage, _explained(url):
         _exists(storage, name, create=create)
 
 
-def trial_reader(url: str) -> Callable[[str], list[TrialRecord]]:
+@contextmanager
+def trial_reader(url: str) -> Iterator[Callable[[str], list[TrialRecord]]]:
     """A function from a study's name to its trials, for studies that are only read.
 
     It raises StoreError when the trials of a study are gone or damaged.
     """
-    storage = open_storage(url)
 
     def read(name: str) -> list[TrialRecord]:
         try:
@@ -90,7 +89,8 @@ def trial_reader(url: str) -> Callable[[str], list[TrialRecord]]:
         except (ValueError, TypeError) as error:
             raise StoreError(f"its trials cannot be read ({error!r})") from None
 
-    return read
+    with _opened(url) as storage:
+        yield read
 
 
 class Study:
@@ -120,6 +120,10 @@ class Study:
             )
             if not exists:
                 self._study.set_user_attr("tlauto_format", FORMAT)
+
+    def close(self) -> None:
+        """Release the connections."""
+        _close(self._storage)
 
     def set_metric(self, metric: str) -> None:
         """Name the score, for the dashboard."""
@@ -305,6 +309,21 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             time.sleep(0.1)
     wait_for_restarts(storage.engine)
     return storage
+
+
+def _close(storage: optuna.storages.BaseStorage) -> None:
+    if isinstance(storage, optuna.storages.RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[optuna.storages.BaseStorage]:
+    storage = open_storage(url)
+    try:
+        yield storage
+    finally:
+        _close(storage)
 
 
 @contextmanager
