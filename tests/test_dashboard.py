@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import optuna
 import pytest
-from tests_support import TINY, command, environment
+from tests_support import TINY, command, environment, wait_for, wait_until_served
 
 READERS = 3
 CHROMIUM = next(
@@ -37,29 +36,6 @@ def get(port: int, path: str) -> tuple[int, str]:
         return response.status, response.read().decode()
     finally:
         connection.close()
-
-
-def wait_for(log: Path, pattern: str, process: subprocess.Popen[bytes]) -> re.Match[str]:
-    """The first match of a pattern in what a process writes to its log."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if found := re.search(pattern, log.read_text()):
-            return found
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    raise AssertionError(f"'{pattern}' never came; it said:\n{log.read_text()}")
-
-
-def wait_until_served(port: int) -> None:
-    """Return once the dashboard answers; it says that it listens a moment before it does."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            get(port, "/api/meta")
-            return
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
 
 
 @contextmanager

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset({"errors", "space", "contracts", "splits", "levels", "rungs", "pulse"})
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
-    | {"locks", "caches"}
+    | {"locks", "caches", "database"}
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
-LAYER_2 = frozenset({"store", "study", "training", "builtin"}) | NETWORKS
+DATABASE = frozenset({"connections", "migrations"})
+LAYER_2 = frozenset({"store", "study", "sampler", "training", "builtin"}) | NETWORKS | DATABASE
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
@@ -44,8 +45,9 @@ def _rules() -> dict[str, Rule]:
     none: frozenset[str] = frozenset()
     rules = dict.fromkeys(LAYER_0, Rule(LAYER_0))
     rules |= dict.fromkeys(LAYER_1, Rule(BELOW_2, frozenset({"pluggy"}), none, IMAGES | {"rich"}))
-    rules["store"] = Rule(BELOW_2, frozenset({"sqlalchemy"}))
-    rules["study"] = Rule(BELOW_2, frozenset({"optuna"}))
+    rules |= dict.fromkeys(DATABASE | {"store"}, Rule(BELOW_2 | DATABASE, frozenset({"sqlalchemy"})))
+    rules["study"] = Rule(BELOW_2 | {"connections", "sampler"}, frozenset({"optuna"}))
+    rules["sampler"] = Rule(BELOW_2, frozenset({"optuna"}))
     rules |= dict.fromkeys(
         NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy", "safetensors"}), none, LIBRARIES)
     )
@@ -55,7 +57,7 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training"}), LIBRARIES))
     # The worker is an entry of its own: it also writes the bundle, where torch already is.
     rules["worker"] = Rule(BELOW_2 | LAYER_3, none, frozenset({"training", "results.bundle"}), LIBRARIES)
-    below_4 = BELOW_2 | {"store", "study", "builtin"} | LAYER_3 | LAYER_4
+    below_4 = BELOW_2 | {"connections", "store", "study", "builtin"} | LAYER_3 | LAYER_4
     rules |= dict.fromkeys(LAYER_4, Rule(below_4, none, LAYER_2, LIBRARIES))
     everything = BELOW_2 | LAYER_2 | LAYER_3 | LAYER_4 | LAYER_5 | {"testing"}
     shown = LIBRARIES | {"rich", "optuna_dashboard"}
@@ -158,15 +160,15 @@ def test_a_plugin_imports_the_public_api_and_its_library_inside_functions(file: 
     assert not wrong, f"{file.relative_to(ROOT)} may not import {', '.join(wrong)} here"
 
 
-def test_only_study_imports_optuna_and_only_store_imports_sqlalchemy() -> None:
+def test_only_study_imports_optuna_and_only_the_store_imports_sqlalchemy() -> None:
     users: dict[str, set[str]] = {"optuna": set(), "sqlalchemy": set()}
     for file in SOURCES:
         for found in _imports(file):
             top = found.module.partition(".")[0]
             if top in users and not found.is_typing:
                 users[top].add(_part(file))
-    assert users["optuna"] <= {"study"}
-    assert users["sqlalchemy"] <= {"store"}
+    assert users["optuna"] <= {"study", "sampler"}
+    assert users["sqlalchemy"] <= {"store"} | DATABASE
 
 
 def test_the_walk_sees_imports_inside_functions_and_under_type_checking(tmp_path: Path) -> None:

@@ -7,18 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests_support import trial_spec
 
-from tlauto.contracts import EpochResult, TrialDone, TrialSpec, WeightsOptions
+from tlauto.contracts import EpochResult, TrialDone
 from tlauto.errors import StoreError
-from tlauto.store import MIGRATIONS, Store, storage_url
-
-
-def spec(number: int) -> TrialSpec:
-    return TrialSpec(
-        number=number, dataset="d.json", task="multiclass", metric="accuracy", backbone="timm:x",
-        strategy="full", head="linear", params={"optim.name": "sgd"}, weights=WeightsOptions(), seed=1,
-        epochs=3, folder="f", cache="c",
-    )  # fmt: skip
+from tlauto.migrations import MIGRATIONS
+from tlauto.store import Store, storage_url
 
 
 @pytest.fixture
@@ -37,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_what_is_written_is_read_back(store: Store) -> None:
-    store.start_trial("s", spec(0), "cpu:0")
+    store.start_trial("s", trial_spec(0), "cpu:0")
     store.add_epoch("s", EpochResult(0, 1, 0.5, 1.0, 1.1, 2.0))
     store.finish_trial("s", TrialDone(0, 0.5, {"accuracy": {"value": 0.5}}, 1.1, 1, 1, 2.0, "checkpoint"))
     assert store.trials("s")[0]["result"]["score"] == 0.5

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from tlauto.contracts import TrialSpec, WeightsOptions
 
 TINY = ("--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained", "--offline", "--preset", "fast")
 """Arguments of a search over one random backbone of 0.5 M parameters."""
+
+
+def trial_spec(number: int) -> TrialSpec:
+    """A specification to record, not to run."""
+    return TrialSpec(
+        number=number, dataset="d.json", task="multiclass", metric="accuracy", backbone="timm:x",
+        strategy="full", head="linear", params={"optim.name": "sgd"}, weights=WeightsOptions(), seed=1,
+        epochs=3, folder="f", cache="c",
+    )  # fmt: skip
 
 
 def command(*args: str) -> list[str]:
@@ -77,6 +90,43 @@ def install_troubles(folder: Path) -> dict[str, str]:
     (info / "entry_points.txt").write_text("[tlauto]\ntrouble = trouble_plugin\n")
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     return {"PYTHONPATH": path, "TROUBLE_MARKS": str(marks)}
+
+
+def run_with_mounts(script: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell script, `$TLAUTO` for the command, whose mounts nobody else sees, or skip the test."""
+    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    shell = ["unshare", "--mount", *user, "sh", "-ec"]
+    try:
+        subprocess.run([*shell, "mount -t tmpfs tmpfs ."], cwd=cwd, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this system lets no test mount anything ({error})")
+    env = {**environment(cwd), "TLAUTO": f"{sys.executable} -m tlauto"}
+    return subprocess.run(
+        [*shell, script], cwd=cwd, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def wait_for(log: Path, pattern: str, process: subprocess.Popen[Any]) -> re.Match[str]:
+    """The first match of a pattern in what a process writes to its log."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if found := re.search(pattern, log.read_text()):
+            return found
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f"'{pattern}' never came; it said:\n{log.read_text()}")
+
+
+def wait_until_served(port: int) -> None:
+    """Return once the dashboard answers; it says that it listens a moment before it does."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def children(pid: int) -> list[int]:

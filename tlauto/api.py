@@ -48,8 +48,8 @@ class Search:
         from tlauto.results.leaderboard import leaderboard
         from tlauto.study import Study
 
-        with self._store() as store:
-            return leaderboard(store, Study(store.url, self.name, seed=0, create=False))
+        with self._store() as store, closing(Study(store.url, self.name, seed=0, create=False)) as study:
+            return leaderboard(store, study)
 
     @property
     def screening(self) -> Screening:
@@ -59,7 +59,8 @@ class Search:
 
         with self._store() as store:
             row = store.search(self.name)
-            trials = Study(store.url, self.name, seed=0, create=False).trials()
+            with closing(Study(store.url, self.name, seed=0, create=False)) as study:
+                trials = study.trials()
         return screening(row["plan"], trials, seed=json.loads(row["config"])["seed"])
 
     @property
@@ -104,7 +105,7 @@ class Search:
     def _store(self) -> AbstractContextManager[Any]:
         from tlauto.store import Store, storage_url
 
-        return closing(Store(storage_url(self.out, self.storage)))
+        return closing(Store(storage_url(self.out, self.storage), create=False))
 
 
 def search(
@@ -163,7 +164,8 @@ def open_search(
 
     Raises: StoreError when there is no workspace or no such study.
     """
-    from tlauto.store import Store, shown_url, storage_url, workspace_exists
+    from tlauto.connections import shown_url
+    from tlauto.store import Store, storage_url, workspace_exists
 
     folder = Path(out).resolve()
     place = shown_url(storage) if storage else str(folder)
@@ -171,7 +173,7 @@ def open_search(
         raise StoreError(
             f"there is no workspace at {place}; run 'tlauto search --data PATH' or name one with --out"
         )
-    with closing(Store(storage_url(folder, storage))) as store:
+    with closing(Store(storage_url(folder, storage), create=False)) as store:
         names = store.studies()
     if not names:
         raise StoreError(f"the workspace {place} holds no study yet; run 'tlauto search --data PATH'")

@@ -117,8 +117,9 @@ class SearchConfig:
         return WeightsOptions(dict(self.weights), self.weights_dir, self.offline, self.pretrained)
 
     def to_json(self) -> str:
-        """The configuration as JSON; `from_json` reads it."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """The configuration as JSON, without the storage's password; `from_json` reads it."""
+        storage = self.storage and without_password(self.storage)
+        return json.dumps({**dataclasses.asdict(self), "storage": storage}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> SearchConfig:
@@ -181,6 +182,12 @@ def parse_params(pairs: tuple[str, ...]) -> dict[str, Scalar]:
             value = text
         params[name] = text if isinstance(value, (list, dict)) else value
     return params
+
+
+def without_password(url: str) -> str:
+    """A database URL to show and to record: `***` in place of the password, also where it is misspelt."""
+    shown = re.sub(r":(?!//).*@", ":***@", url, flags=re.DOTALL)
+    return re.sub(r"(password=)[^&]*", r"\1***", shown)
 
 
 def differences(old: SearchConfig, new: SearchConfig) -> list[str]:

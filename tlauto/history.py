@@ -67,15 +67,15 @@ def read_past(
         except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
             notes.append(_left_out(row["study"], error))
     nearest = sorted(candidates.items(), key=lambda c: (c[0] != fingerprint, profile.distance(c[1][1])))
-    read = trial_reader(store.url)
     earlier = []
-    for _, (row, looks) in nearest[:MOST]:
-        try:
-            found = _earlier(row, looks, read)
-        except (KeyError, TypeError, ValueError, AttributeError, TlautoError) as error:
-            notes.append(_left_out(row["study"], error))
-        else:
-            earlier += [found] if found else []
+    with trial_reader(store.url) as read:
+        for _, (row, looks) in nearest[:MOST]:
+            try:
+                found = _earlier(row, looks, read)
+            except (KeyError, TypeError, ValueError, AttributeError, TlautoError) as error:
+                notes.append(_left_out(row["study"], error))
+            else:
+                earlier += [found] if found else []
     return Past(fingerprint, profile, tuple(earlier)), notes
 
 

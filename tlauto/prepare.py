@@ -17,8 +17,10 @@ from tlauto.builtin.tasks import task as find_task
 from tlauto.caches import cache_limit
 from tlauto.candidates import find_candidates
 from tlauto.config import IDENTITY, SearchConfig, differences
+from tlauto.connections import sqlite_file
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
 from tlauto.data import Dataset, load_dataset, memory_file
+from tlauto.database import make_safe
 from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
@@ -53,6 +55,7 @@ class Session:
         self.pool.close(grace_s=grace_s)
         self.store.release(self.name, state=state)
         self.store.close()
+        self.study.close()
 
 
 def open_session(config: SearchConfig, *, emit: Emit) -> Session:
@@ -66,7 +69,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
     cache_limit()  # refuses a wrong TLAUTO_CACHE_SIZE before any worker starts
     with contextlib.ExitStack() as undo:
-        store = Store(storage_url(config.out, config.storage))
+        store = _open_store(storage_url(config.out, config.storage), emit)
         undo.callback(store.close)
         name = _study_name(config, store)
         stored = store.search(name)
@@ -181,6 +184,14 @@ def _writable(folder: Path, what: str, setting: str) -> Path:
     return folder
 
 
+def _open_store(url: str, emit: Emit) -> Store:
+    """The database, checked and backed up before anything is written to it."""
+    file = sqlite_file(url)
+    for note in make_safe(file) if file else ():
+        emit(Said(note))
+    return Store(url)
+
+
 def _study_name(config: SearchConfig, store: Store) -> str:
     base = config.study or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).stem).strip("-.") or "study"
     if not config.new:
@@ -267,7 +278,8 @@ def _make_pool(config: SearchConfig, slots: Sequence[Slot], folder: Path) -> Poo
 def _create(
     store: Store, name: str, plan: Plan, dataset: Dataset, report: str, infos: Mapping[str, BackboneInfo]
 ) -> None:
-    Study(store.url, name, seed=plan.config.seed, create=True).set_metric(plan.metric)
+    with contextlib.closing(Study(store.url, name, seed=plan.config.seed, create=True)) as study:
+        study.set_metric(plan.metric)
     decided = {
         "metric": plan.metric,
         "task": plan.task,
@@ -287,12 +299,13 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
     store.claim(name)
     store.update_config(name, dataclasses.replace(config, study=name, new=False).to_json())
     study = Study(store.url, name, seed=config.seed, create=True)
-    if not study.trials():
-        propose_first(study, plan)
-    rows = store.trials(name)
-    for number in study.requeue_interrupted():
-        if number in rows:
-            store.fail_trial(name, number, kind=INTERRUPTED, message="the search was stopped during it")
+    with study.explaining():
+        if not study.trials():
+            propose_first(study, plan)
+        rows = store.trials(name)
+        for number in study.requeue_interrupted():
+            if number in rows:
+                store.fail_trial(name, number, kind=INTERRUPTED, message="the search was stopped during it")
     return study
 
 

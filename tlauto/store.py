@@ -1,29 +1,28 @@
-"""tlauto's own tables beside Optuna's in the workspace database. The only module that knows SQLAlchemy."""
+"""tlauto's own tables beside Optuna's in the workspace database."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
+import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from tlauto.connections import BUSY_S, explained, is_conflict, open_engine, sqlite_file, wait_for_restarts
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, to_json
 from tlauto.errors import StoreError
+from tlauto.migrations import migrate
 
+# The tables of the newest schema; `migrations` makes them, and a test compares the two.
 _meta = sa.MetaData()
 
-_migrations = sa.Table(
-    "tlauto_migrations",
-    _meta,
-    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("applied_at", sa.Float, nullable=False),
-)
 _datasets = sa.Table(
     "tlauto_datasets",
     _meta,
@@ -85,14 +84,6 @@ _models = sa.Table(
 )
 
 
-def _create_all(connection: sa.Connection) -> None:
-    _meta.create_all(connection)
-
-
-MIGRATIONS: dict[int, Callable[[sa.Connection], None]] = {1: _create_all}
-"""Every step from one schema to the next, by the version it leads to; never edited once released."""
-
-
 STALE_S = 120
 """A coordinator on another host that gave no sign of life for so many seconds is gone."""
 
@@ -104,31 +95,27 @@ def storage_url(out: str | Path, storage: str | None) -> str:
 
 def workspace_exists(out: str | Path, storage: str | None) -> bool:
     """Whether there is a database to read, without creating one."""
-    file = _sqlite_file(storage_url(out, storage))
+    file = sqlite_file(storage_url(out, storage))
     return file is None or file.is_file()
-
-
-def shown_url(url: str) -> str:
-    """The URL without password; the path alone for SQLite."""
-    file = _sqlite_file(url)
-    if file:
-        return str(file)
-    try:
-        return sa.make_url(url).render_as_string(hide_password=True)
-    except sa.exc.ArgumentError:
-        return url
 
 
 class Store:
     """The workspace database. One coordinator writes; anyone may read.
 
-    Raises: StoreError when the file is not a database, is not ours, or has a newer schema.
+    Raises: StoreError when it cannot be used, has a newer schema, or lacks our tables and `create` is False.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
         self.url = url
-        self._engine = _engine(url)
-        self._migrate()
+        self._engine = open_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            sa.event.listen(self._engine, "connect", _tune_sqlite)
+        try:
+            migrate(self._engine, url, create=create)
+        except StoreError:
+            self.close()
+            raise
+        wait_for_restarts(self._engine)
 
     def close(self) -> None:
         """Release the connections."""
@@ -159,19 +146,19 @@ class Store:
         plan: Mapping[str, Any],
     ) -> None:  # fmt: skip
         """Record a new search with its dataset and split; raises StoreError when the name is taken."""
-        if self.search(study):
-            raise StoreError(f"another search has just made the study '{study}'; run the command again")
-        with self._writing() as connection:
-            row = _datasets.insert().values(
-                fingerprint=fingerprint, root=root, content=dataset, report=report
-            )
-            key = connection.execute(row).inserted_primary_key
-            connection.execute(
-                _searches.insert().values(
-                    study=study, config=config, dataset=key[0] if key else None, plan=json.dumps(plan),
-                    created_at=time.time(), seconds=0.0, state="interrupted",
-                )
-            )  # fmt: skip
+        data = {"fingerprint": fingerprint, "root": root, "content": dataset, "report": report}
+        search = {"study": study, "config": config, "plan": json.dumps(plan), "created_at": time.time()}
+        try:
+            with self._writing() as connection:
+                key = connection.execute(_datasets.insert().values(data)).inserted_primary_key
+                search |= {"dataset": key[0] if key else None, "seconds": 0.0, "state": "interrupted"}
+                connection.execute(_searches.insert().values(search))
+        except StoreError as error:
+            if not is_conflict(error.__cause__):
+                raise
+            raise StoreError(
+                f"another search has just made the study '{study}'; run the command again"
+            ) from None
 
     def dataset(self, study: str) -> dict[str, Any]:
         """`fingerprint`, `root`, `content` and `report` of a search's dataset."""
@@ -180,29 +167,45 @@ class Store:
 
     def claim(self, study: str) -> None:
         """Make this process the study's coordinator; raises StoreError while another one lives."""
-        self.require_free(study)
-        self._update(study, state="running", pid=os.getpid(), host=socket.gethostname(), beat_at=time.time())
+        row = self.require_free(study) or {}
+        # Of two that found it free at once, one finds it changed here.
+        unchanged = [
+            _searches.c[n].is_not_distinct_from(row.get(n)) for n in ("state", "pid", "host", "beat_at")
+        ]
+        values = {"state": "running", **_this_process(), "beat_at": time.time()}
+        if not self._update(study, *unchanged, **values):
+            self.require_free(study)
+            raise StoreError(f"another search has just taken the study '{study}'; run the command again")
 
-    def require_free(self, study: str) -> None:
-        """Raise StoreError while another coordinator of this study lives."""
+    def require_free(self, study: str) -> dict[str, Any] | None:
+        """The row of a search, if there is one; raises StoreError while another coordinator of it lives."""
         row = self.search(study)
         if row and row["state"] == "running" and _is_alive(row):
             raise StoreError(
                 f"study '{study}' is being searched by process {row['pid']} on {row['host']}; wait for it, "
                 f"stop it, or start another study with --study NAME"
             )
+        return row
 
     def release(self, study: str, *, state: str) -> None:
-        """Give the study up as `interrupted` or `finished`."""
-        self._update(study, state=state, pid=None, host=None)
+        """Give the study up as `interrupted` or `finished`, unless another coordinator has it."""
+        self._update(study, _not_others(), state=state, pid=None, host=None)
 
     def update_config(self, study: str, config: str) -> None:
         """Remember the latest configuration (its budget may have grown)."""
         self._update(study, config=config)
 
     def add_seconds(self, study: str, seconds: float) -> None:
-        """Add active time, which is also the coordinator's sign of life."""
-        self._update(study, seconds=_searches.c.seconds + seconds, beat_at=time.time())
+        """Add active time, which is also the coordinator's sign of life.
+
+        Raises: StoreError when another coordinator took the study over, as this one gave none for long.
+        """
+        values = {"seconds": _searches.c.seconds + seconds, "beat_at": time.time()}
+        if not self._update(study, _not_others(), **values) and (row := self.search(study)):
+            raise StoreError(
+                f"study '{study}' was taken over by process {row['pid']} on {row['host']} while this one was "
+                f"held up; it goes on there"
+            )
 
     # --- trials -----------------------------------------------------------------------------------
 
@@ -215,9 +218,11 @@ class Store:
 
     def add_epoch(self, study: str, result: EpochResult) -> None:
         """Record one epoch."""
-        values = {k: getattr(result, k) for k in ("epoch", "score", "train_loss", "val_loss", "seconds")}
+        # SQLite has no NaN and stores NULL; other databases would give it back.
+        values = {k: _number(getattr(result, k)) for k in ("score", "train_loss", "val_loss", "seconds")}
         with self._writing() as connection:
-            connection.execute(_epochs.insert().values(study=study, number=result.number, **values))
+            row = {"study": study, "number": result.number, "epoch": result.epoch, **values}
+            connection.execute(_epochs.insert().values(row))
 
     def finish_trial(self, study: str, done: TrialDone) -> None:
         """Record a trial's result."""
@@ -225,7 +230,7 @@ class Store:
 
     def fail_trial(self, study: str, number: int, *, kind: str, message: str, detail: str = "") -> None:
         """Record why a trial failed."""
-        self._update_trial(study, number, error_kind=kind, error=message, detail=detail)
+        self._update_trial(study, number, error_kind=kind, error=_plain(message), detail=_plain(detail))
 
     def trials(self, study: str) -> dict[int, dict[str, Any]]:
         """Rows of all trials by number, `spec` as text and `result` decoded (None while running)."""
@@ -271,81 +276,58 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with _explained(self.url), self._engine.begin() as connection:
+        with explained(self.url), self._engine.begin() as connection:
             yield connection
 
     def _rows(self, query: sa.Select[Any]) -> list[sa.Row[Any]]:
-        with _explained(self.url), self._engine.connect() as connection:
+        with explained(self.url), self._engine.connect() as connection:
             return list(connection.execute(query))
 
-    def _update(self, study: str, **values: Any) -> None:
+    def _update(self, study: str, *conditions: sa.ColumnElement[bool], **values: Any) -> bool:
+        """Whether a search of that name which meets the conditions was there to change."""
+        change = _searches.update().where(_searches.c.study == study, *conditions).values(**values)
         with self._writing() as connection:
-            connection.execute(_searches.update().where(_searches.c.study == study).values(**values))
+            return connection.execute(change).rowcount > 0
 
     def _update_trial(self, study: str, number: int, **values: Any) -> None:
         here = (_trials.c.study == study) & (_trials.c.number == number)
         with self._writing() as connection:
             connection.execute(_trials.update().where(here).values(**values))
 
-    def _migrate(self) -> None:
-        newest = max(MIGRATIONS)
-        with self._writing() as connection:
-            known = sa.inspect(connection).has_table("tlauto_migrations")
-            version = (
-                connection.execute(sa.select(sa.func.max(_migrations.c.version))).scalar() if known else 0
-            )
-            if (version or 0) > newest:
-                raise StoreError(
-                    f"{shown_url(self.url)} was written by a newer tlauto (schema {version}, this one knows "
-                    f"{newest}); upgrade tlauto or use another --out"
-                )
-            for step in range((version or 0) + 1, newest + 1):
-                MIGRATIONS[step](connection)
-                connection.execute(_migrations.insert().values(version=step, applied_at=time.time()))
-
-
-def _engine(url: str) -> sa.Engine:
-    try:
-        parsed = sa.make_url(url)
-        is_sqlite = parsed.get_backend_name() == "sqlite"
-        # The dashboard and other readers may hold the file for a moment: wait, never fail a trial.
-        engine = sa.create_engine(parsed, connect_args={"timeout": 60} if is_sqlite else {})
-    except (sa.exc.ArgumentError, ImportError) as error:
-        raise StoreError(
-            f"cannot use the storage '{shown_url(url)}': {error}; a URL looks like sqlite:////folder/tlauto.db"
-        ) from None
-    if is_sqlite:
-        sa.event.listen(engine, "connect", _tune_sqlite)
-    return engine
-
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
-    # WAL: 4 ms a report instead of 24 (80 trials, one writer, 2 cores), and readers never block.
-    connection.execute("PRAGMA journal_mode=WAL")
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            # WAL: 4 ms a report instead of 24 (80 trials, one writer, 2 cores), and readers never block.
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # The one thing that SQLite does not wait for: a new file that another process opens as well.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
 
 
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    try:
-        yield
-    except sa.exc.SQLAlchemyError as error:
-        cause = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise StoreError(
-            f"cannot use the database {shown_url(url)}: {cause}; check the path and its permissions, or use "
-            f"another --out"
-        ) from error
+def _plain(text: str) -> str:
+    """Text as every database takes it: PostgreSQL stores no zero byte, none stores half a surrogate pair."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
-def _sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite URL; None for any other database and for what is no URL."""
-    try:
-        parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
-        return None
-    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
-    return Path(str(parsed.database)) if is_file else None
+def _number(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _this_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def _not_others() -> sa.ColumnElement[bool]:
+    """Whether no other process holds a search."""
+    mine = [_searches.c[name] == value for name, value in _this_process().items()]
+    return sa.or_(_searches.c.state != "running", sa.and_(*mine))
 
 
 def _is_alive(row: Mapping[str, Any]) -> bool:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from tlauto.connections import engine_options, explained, explanation, is_conflict, wait_for_restarts
 from tlauto.errors import StoreError
+from tlauto.sampler import Kept, make_sampler
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
 
 FORMAT = 1
-Kept = Mapping[str, Collection[str]]
-"""Values that may be proposed, by the name of a category; empty means all."""
-
-_Distributions = dict[str, BaseDistribution]
-
 INTERRUPTED = "interrupted"
 """Error kind of a trial that was cut off; it does not count and is proposed again on resume."""
 
@@ -35,6 +32,9 @@ ORIGIN = ("purpose", "from_study", "micro_batch")
 
 MEMORY = "memory"
 """In place of a database's URL: the study is gone with its object, as a simulation wants it."""
+
+MOST_TRIES = 20
+"""How often to open a database whose tables another process is making."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -73,25 +73,28 @@ def earlier_ends(trial: TrialRecord, trials: Sequence[TrialRecord]) -> list[str]
 
 def check_name(url: str, name: str, *, create: bool) -> None:
     """Raise StoreError when the study of that name is not ours, or is gone while `create` is False."""
-    _exists(_storage(url), name, create=create)
+    with _opened(url) as storage, _explained(url):
+        _exists(storage, name, create=create)
 
 
-def trial_reader(url: str) -> Callable[[str], list[TrialRecord]]:
+@contextmanager
+def trial_reader(url: str) -> Iterator[Callable[[str], list[TrialRecord]]]:
     """A function from a study's name to its trials, for studies that are only read.
 
     It raises StoreError when the trials of a study are gone or damaged.
     """
-    storage = _storage(url)
 
     def read(name: str) -> list[TrialRecord]:
         try:
-            return [_record(t) for t in storage.get_all_trials(storage.get_study_id_from_name(name))]
+            with _explained(url):
+                return [_record(t) for t in storage.get_all_trials(storage.get_study_id_from_name(name))]
         except KeyError:
             raise StoreError("its trials are gone from the database") from None
-        except (ValueError, TypeError, optuna.exceptions.StorageInternalError) as error:
+        except (ValueError, TypeError) as error:
             raise StoreError(f"its trials cannot be read ({error!r})") from None
 
-    return read
+    with _opened(url) as storage:
+        yield read
 
 
 class Study:
@@ -104,10 +107,14 @@ class Study:
     def __init__(self, url: str, name: str, *, seed: int, create: bool) -> None:
         self.name = name
         self.seed = seed
-        self._storage = _storage(url)
-        exists = _exists(self._storage, name, create=create)
-        with warnings.catch_warnings():
+        self._url = url
+        self._storage = open_storage(url)
+        self._running: dict[int, optuna.Trial] = {}
+        self._records: list[TrialRecord] | None = None
+        self._ended: dict[int, TrialRecord] = {}
+        with _explained(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            exists = _exists(self._storage, name, create=create)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -116,15 +123,16 @@ class Study:
                 pruner=optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
-        self._running: dict[int, optuna.Trial] = {}
-        self._records: list[TrialRecord] | None = None
-        self._ended: dict[int, TrialRecord] = {}
-        if not exists:
-            self._study.set_user_attr("tlauto_format", FORMAT)
+            if not exists:
+                self._study.set_user_attr("tlauto_format", FORMAT)
+
+    def close(self) -> None:
+        """Release the connections."""
+        _close(self._storage)
 
     def set_metric(self, metric: str) -> None:
         """Name the score, for the dashboard."""
-        with warnings.catch_warnings():
+        with _explained(self._url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names([metric])
 
@@ -132,14 +140,14 @@ class Study:
     def explaining(self) -> Iterator[None]:
         """Turn what Optuna's storage raises within the block into a StoreError."""
         try:
-            yield
-        except (KeyError, optuna.exceptions.StorageInternalError) as error:
-            # A record that is not there any more is a KeyError; so is a mistake of ours.
-            _exists(self._storage, self.name, create=False)
-            if isinstance(error, KeyError):
-                raise
-            cause = str(error.__cause__ or error).splitlines()[0]
-            raise StoreError(f"cannot write to the database: {cause}; the same command goes on") from error
+            with _explained(self._url):
+                yield
+        except (KeyError, StoreError) as error:
+            # A record that is not there any more is a KeyError, or refused; so is a mistake of ours.
+            if isinstance(error, KeyError) or is_conflict(error.__cause__):
+                with _explained(self._url):
+                    _exists(self._storage, self.name, create=False)
+            raise
 
     # --- proposing --------------------------------------------------------------------------------
 
@@ -161,7 +169,7 @@ class Study:
         records, self._records = self.trials(), None
         waiting = [record.number for record in records if record.state == "waiting"]
         seed = random.Random(f"{self.seed}/{min(waiting, default=len(records))}").randrange(2**31)
-        self._study.sampler = _sampler(seed, kept or {}, is_alone=not self._running)
+        self._study.sampler = make_sampler(seed, kept or {}, is_alone=not self._running)
         trial = self._study.ask()
         params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
         self._running[trial.number] = trial
@@ -238,7 +246,8 @@ class Study:
         Nobody else changes them: a study has one coordinator.
         """
         if self._records is None:
-            self._records = [self._record_of(trial) for trial in self._study.get_trials(deepcopy=False)]
+            with _explained(self._url):
+                self._records = [self._record_of(trial) for trial in self._study.get_trials(deepcopy=False)]
         return list(self._records)
 
     def _record_of(self, trial: FrozenTrial) -> TrialRecord:
@@ -254,80 +263,6 @@ class Study:
         return tuple(self._running)
 
 
-class _KeptSampler(optuna.samplers.TPESampler):
-    """TPE that proposes only some values of some categories, such as backbones.
-
-    A categorical's choices cannot change within a study, so what is dropped stays in the
-    distribution: proposals outside `kept` are drawn again. Where one value is left, the others are drawn
-    without it.
-
-    Parameters that the same trials have are drawn together, and only those that the trial at hand asks
-    for: Optuna would draw all at once, those of every head and optimizer, and all again with each
-    proposal that is dropped.
-    """
-
-    def __init__(self, kept: Kept, seed: int, *, is_alone: bool) -> None:
-        """Args: is_alone: no other trial is running, so that nothing need be assumed of one."""
-        super().__init__(
-            n_startup_trials=8, multivariate=True, group=True, constant_liar=not is_alone, seed=seed
-        )
-        self._kept = {name: sorted(values) for name, values in kept.items() if values}
-        self._choice = random.Random(seed)
-        self._blocks: list[_Distributions] = []
-        self._drawn: dict[str, Any] = {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: _Distributions
-    ) -> dict[str, Any]:
-        self._blocks, self._drawn = _blocks(study, search_space), {}
-        for block in [block for block in self._blocks if not self._kept.keys().isdisjoint(block)]:
-            self._drawn |= self._draw(study, trial, block)
-        return dict(self._drawn)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        block = next((block for block in self._blocks if param_name in block), {})
-        if block.get(param_name) == param_distribution:
-            if param_name not in self._drawn:
-                self._drawn |= super().sample_relative(study, trial, block)
-            if param_name in self._drawn:
-                return self._drawn[param_name]
-        if param_name in self._kept:
-            return self._choice.choice(self._kept[param_name])
-        return super().sample_independent(study, trial, param_name, param_distribution)
-
-    def _draw(self, study: optuna.Study, trial: FrozenTrial, block: _Distributions) -> dict[str, Any]:
-        """Values of a block that agree with `kept`; none while there are too few trials to learn from."""
-        only = {name: values[0] for name, values in self._kept.items() if name in block and len(values) == 1}
-        rest = {name: distribution for name, distribution in block.items() if name not in only}
-        for _ in range(20):
-            params = {**super().sample_relative(study, trial, rest), **only}
-            wrong = [name for name, values in self._kept.items() if params.get(name, values[0]) not in values]
-            if not wrong:
-                return params
-        return {**params, **{name: self._choice.choice(self._kept[name]) for name in wrong}}
-
-
-def _blocks(study: optuna.Study, space: _Distributions) -> list[_Distributions]:
-    """A space in parts of parameters that the same trials have."""
-    owners: dict[str, list[int]] = {name: [] for name in space}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        for name in trial.params.keys() & owners.keys():
-            owners[name].append(trial.number)
-    blocks: dict[tuple[int, ...], _Distributions] = {}
-    for name in sorted(space):
-        blocks.setdefault(tuple(owners[name]), {})[name] = space[name]
-    return list(blocks.values())
-
-
-def _sampler(seed: int, kept: Kept, *, is_alone: bool) -> optuna.samplers.BaseSampler:
-    with warnings.catch_warnings():
-        # group=True is marked experimental; it is what a conditional space needs.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _KeptSampler(kept, seed, is_alone=is_alone)
-
-
 class _TunedConnection(sqlite3.Connection):
     """A connection that syncs at checkpoints only: safe in WAL mode, and half of a report's time."""
 
@@ -336,15 +271,54 @@ class _TunedConnection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL")
 
 
-def _storage(url: str) -> optuna.storages.BaseStorage:
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    """Optuna's own tables in a database, made if need be; raises StoreError when it cannot be used."""
     if url == MEMORY:
         return optuna.storages.InMemoryStorage()
-    arguments = {"timeout": 60, "factory": _TunedConnection} if url.startswith("sqlite") else {}
+    options = engine_options(url)
+    if url.startswith("sqlite"):
+        options["connect_args"]["factory"] = _TunedConnection
+    for tries_left in reversed(range(MOST_TRIES)):
+        try:
+            with _explained(url):
+                # Optuna formats the URL, in which a folder's name may have braces.
+                escaped = url.replace("{", "{{").replace("}", "}}")
+                storage = optuna.storages.RDBStorage(escaped, engine_kwargs=options)
+            break
+        except RuntimeError as error:
+            cause = str(error).splitlines()[0]
+            raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
+        except StoreError as error:
+            # Two that open a new database at once make the same tables.
+            if not tries_left or not is_conflict(error.__cause__):
+                raise
+            time.sleep(0.1)
+    wait_for_restarts(storage.engine)
+    return storage
+
+
+def _close(storage: optuna.storages.BaseStorage) -> None:
+    if isinstance(storage, optuna.storages.RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[optuna.storages.BaseStorage]:
+    storage = open_storage(url)
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
-    except RuntimeError as error:
-        cause = str(error).splitlines()[0]
-        raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
+        yield storage
+    finally:
+        _close(storage)
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        with explained(url):
+            yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise StoreError(explanation(url, error.__cause__ or error)) from error.__cause__
 
 
 def _exists(storage: optuna.storages.BaseStorage, name: str, *, create: bool) -> bool:

@@ -22,6 +22,7 @@ def command(out: str, storage: str | None, host: str, port: int) -> None:
     from tlauto.api import open_search
     from tlauto.errors import ConfigError
     from tlauto.store import storage_url
+    from tlauto.study import open_storage
 
     search = open_search(out, None, storage)
     with socket.socket() as probe:
@@ -37,4 +38,5 @@ def command(out: str, storage: str | None, host: str, port: int) -> None:
     from optuna_dashboard import run_server
 
     click.echo(f"Optuna dashboard on http://{host}:{port} (Ctrl-C ends it)", err=True)
-    run_server(storage_url(search.out, storage), host=host, port=port)
+    # Connected as a search is, so that it waits for its turn and for a server that restarts.
+    run_server(open_storage(storage_url(search.out, storage)), host=host, port=port)

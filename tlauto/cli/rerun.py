@@ -34,7 +34,7 @@ def command(
     from tlauto.store import Store, storage_url
 
     search = open_search(out, study, storage)
-    with closing(Store(storage_url(search.out, storage))) as store:
+    with closing(Store(storage_url(search.out, storage), create=False)) as store:
         row = store.trials(study).get(number)
         dataset = store.dataset(study)["content"]
     if row is None:
