@@ -30,6 +30,7 @@ from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
 from tlauto.schedule import best_trial, counts, estimate, is_hopeless
 from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
+from tlauto.tracking import Tracking
 
 HOPELESS = 5
 """So many failures before the first success end the search."""
@@ -82,18 +83,19 @@ def run(config: SearchConfig, *, emit: Emit = ignore, session: Session | None = 
     """
     session = session or open_session(config, emit=emit)
     interrupted = threading.Event()
-    state = "interrupted"
+    state, tracking = "interrupted", Tracking(session, emit)
     with _signals(interrupted), session.study.explaining():
         try:
-            loop = _Loop(session, emit, interrupted)
+            loop = _Loop(session, tracking.emit, interrupted)
             row = session.store.search(session.name)
             loop.spent_before = loop.saved_at = float(row["seconds"]) if row else 0.0
             _search(loop)
             if not interrupted.is_set():
-                finish(session, emit=emit, interrupted=interrupted)
+                finish(session, emit=tracking.emit, interrupted=interrupted)
             state = "interrupted" if interrupted.is_set() else "finished"
             _save_time(loop)
         finally:
+            tracking.end(state, hurry=interrupted.is_set())
             session.close(state=state, grace_s=0.2 if interrupted.is_set() else 2.0)
     return session, interrupted.is_set()
 
@@ -127,7 +129,7 @@ def _fill(loop: _Loop) -> None:
         session.study.note(record.number, slot=slot, seed=spec.seed)
         loop.busy[slot] = _Job(spec, time.monotonic())
         session.pool.send(slot, RunTrial(spec))
-        loop.emit(TrialStarted(spec.number, slot, spec.backbone, spec.strategy, spec.head, spec.epochs))
+        loop.emit(TrialStarted.of(spec, slot))
 
 
 def _enqueue(
@@ -227,7 +229,7 @@ def _epoch(loop: _Loop, slot: str, job: _Job, result: EpochResult) -> None:
         job.stopped = _why_to_stop(loop, job.spec, result)
     session.pool.send(slot, Answer(go_on=not job.stopped))
     session.store.add_epoch(session.name, result)
-    loop.emit(EpochEnded(result.number, slot, result.epoch, result.score))
+    loop.emit(EpochEnded.of(result, slot))
 
 
 def _why_to_stop(loop: _Loop, spec: TrialSpec, result: EpochResult) -> str:
@@ -270,8 +272,8 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     session.study.tell(done.number, score, is_pruned=done.is_pruned)
     loop.failures = 0
     state = "pruned" if done.is_pruned else "complete"
-    note = f"@{done.epochs}" if done.is_pruned else ""
-    loop.emit(_ended(spec, slot, state, score, done.seconds, note))
+    more = {"note": f"@{done.epochs}" if done.is_pruned else "", "metrics": facts["metrics"]}
+    loop.emit(TrialEnded.of(spec, slot, state, score, done.seconds, **more))
     loop.emit(_progress(loop))
     forget_files(session.plan, session.study.trials())
 
@@ -284,7 +286,8 @@ def _failed(loop: _Loop, slot: str, job: _Job, failed: TrialFailed) -> None:
     )
     session.study.note(spec.number, seconds=round(seconds, 3))
     session.study.fail(spec.number, kind=failed.kind, message=failed.message)
-    loop.emit(_ended(spec, slot, "failed", None, seconds, f"{failed.kind}: {failed.message}"))
+    note = f"{failed.kind}: {failed.message}"
+    loop.emit(TrialEnded.of(spec, slot, "failed", None, seconds, note=note, kind=failed.kind))
     loop.emit(_progress(loop))
     loop.failures += 1
     if loop.failures >= HOPELESS and best_trial(session.study.trials()) is None:
@@ -303,12 +306,6 @@ def _died(loop: _Loop, job: _Job, event: Event) -> None:
         loop.emit(Said(f"the best model so far could not be written: {died}"))
         return
     _failed(loop, event.slot, job, TrialFailed(job.spec.number, died.kind, str(died), event.log_tail))
-
-
-def _ended(
-    spec: TrialSpec, slot: str, state: str, score: float | None, seconds: float, note: str
-) -> TrialEnded:
-    return TrialEnded(spec.number, slot, spec.backbone, spec.strategy, spec.head, state, score, seconds, note)
 
 
 def _progress(loop: _Loop) -> Progress:
@@ -341,7 +338,7 @@ def _cut_off(loop: _Loop) -> None:
     for slot, job in list(loop.busy.items()):
         session.pool.kill(slot)
         if not job.is_bundle:
-            _cut(loop, job.spec, INTERRUPTED, "the search was stopped during it")
+            _cut(loop, slot, INTERRUPTED, "the search was stopped during it")
     loop.busy.clear()
 
 
@@ -356,13 +353,16 @@ def _stop_late(loop: _Loop) -> None:
     for slot, job in list(loop.busy.items()):
         if not job.is_bundle:
             loop.session.pool.kill(slot)
-            _cut(loop, job.spec, OUT_OF_TIME, "the time was up during it")
+            _cut(loop, slot, OUT_OF_TIME, "the time was up during it")
             del loop.busy[slot]
 
 
-def _cut(loop: _Loop, spec: TrialSpec, kind: str, message: str) -> None:
+def _cut(loop: _Loop, slot: str, kind: str, message: str) -> None:
+    spec, seconds = loop.busy[slot].spec, time.monotonic() - loop.busy[slot].started
     loop.session.store.fail_trial(loop.session.name, spec.number, kind=kind, message=message)
     loop.session.study.fail(spec.number, kind=kind, message=message)
+    facts = {"note": f"{kind}: {message}", "kind": kind, "counts": False}
+    loop.emit(TrialEnded.of(spec, slot, "failed", None, seconds, **facts))
 
 
 def _strategy(session: Session, spec: TrialSpec) -> FreezeStrategy:
