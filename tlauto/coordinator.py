@@ -248,9 +248,10 @@ def _why_to_stop(loop: _Loop, spec: TrialSpec, result: EpochResult) -> str:
 def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     session, spec = loop.session, job.spec
     del loop.busy[slot]
+    metrics = {name: entry["value"] for name, entry in done.metrics.items()}
     facts: dict[str, Any] = {
         # One attribute for all: each is a transaction of its own.
-        "metrics": {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
+        "metrics": {name: round(value, 5) for name, value in metrics.items()}
     }
     session.store.finish_trial(session.name, done)
     epochs = done.epochs
@@ -272,7 +273,7 @@ def _done(loop: _Loop, slot: str, job: _Job, done: TrialDone) -> None:
     session.study.tell(done.number, score, is_pruned=done.is_pruned)
     loop.failures = 0
     state = "pruned" if done.is_pruned else "complete"
-    more = {"note": f"@{done.epochs}" if done.is_pruned else "", "metrics": facts["metrics"]}
+    more = {"note": f"@{done.epochs}" if done.is_pruned else "", "metrics": metrics}
     loop.emit(TrialEnded.of(spec, slot, state, score, done.seconds, **more))
     loop.emit(_progress(loop))
     forget_files(session.plan, session.study.trials())

@@ -95,6 +95,8 @@ class Tracking:
         event = _search_ended(self._session, state)
         deadline = time.monotonic() + (HURRY_S if hurry else END_S)
         for feed in self._feeds:
+            feed.finish(event, 0.0)  # all are told before one is waited for
+        for feed in self._feeds:
             if not feed.finish(event, min(deadline, time.monotonic() + 1.0)) and not hurry:
                 self._show(Working(f"waiting for the tracker {feed.name}"))
             if not feed.finish(event, deadline):
@@ -135,15 +137,17 @@ class Feed:
             self._left_out.add(event.number)
 
     def finish(self, event: SearchEnded, deadline: float) -> bool:
-        """Queue the last event once and wait for the thread; whether it ended in time."""
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            if self._has_end:
-                self._thread.join(max(0.0, deadline - time.monotonic()))
-                continue
-            with contextlib.suppress(queue.Full):
-                self._queue.put(event, timeout=0.05)
-                self._has_end = True
-        return not self._thread.is_alive()
+        """Queue the last event, once, and wait for the thread; whether it has ended by then."""
+        while self._thread.is_alive():
+            if not self._has_end:
+                with contextlib.suppress(queue.Full):
+                    self._queue.put_nowait(event)
+                    self._has_end = True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._thread.join(left if self._has_end else min(left, 0.05))
+        return True
 
     def _run(self, tracker: Tracker, where: str | None, search: SearchStarted, earlier: Earlier) -> None:
         try:
@@ -255,7 +259,8 @@ def _story(
     note = f"{kind}: {trial.attrs.get('error', '')}" if kind else ""
     if trial.state == "pruned" and row["result"]:
         note = f"@{row['result']['epochs']}"
-    facts = {"note": note, "kind": kind, "counts": trial.counts, "metrics": trial.attrs.get("metrics", {})}
+    metrics = _values(row["result"]["metrics"]) if row["result"] else {}
+    facts = {"note": note, "kind": kind, "counts": trial.counts, "metrics": metrics}
     seconds = float(trial.attrs.get("seconds", passed))
     yield TrialEnded.of(spec, slot, trial.state, trial.score, seconds, at=at + seconds, **facts)
 

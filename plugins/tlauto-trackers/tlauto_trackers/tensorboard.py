@@ -67,7 +67,6 @@ class _Runs:
         file.text("state", f"{event.state} {event.note}".strip(), 0)
         status = "UNKNOWN" if not event.counts else "FAILURE" if event.kind else "SUCCESS"
         file.session_end(status, event.at)
-        file.close()
         if event.score is not None:
             self._search.scalars({"score": event.score}, event.number, event.at)
 
@@ -77,22 +76,17 @@ class _Runs:
             file = _replaced(self._folder / "model")
             file.text("model", f"trial {event.best}, score {event.score}, {event.model}", event.best)
             file.scalars(prefixed("test", event.test), event.best)
-            file.close()
-        for trial in self._trials.values():
-            trial.close()
-        self._search.close()
 
 
 class _EventFile:
-    """A file of one run. Each call leaves it complete, so that a killed search loses nothing."""
+    """A file of one run. Each call leaves it complete and closed: a killed search loses nothing."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a run in the order of their names.
-        self._writer = RecordWriter((folder / f"events.out.tfevents.{time.time():.6f}").open("xb"))
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}"
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def scalars(self, values: Mapping[str, float], step: int, at: float | None = None) -> None:
@@ -132,10 +126,6 @@ class _EventFile:
         info = SessionEndInfo(status=Status.Value(f"STATUS_{status}"), end_time_secs=at)
         self._hparams(END, HParamsPluginData(session_end_info=info))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
-
     def _hparams(self, tag: str, data: Any) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.hparams import metadata as hparams
@@ -150,8 +140,10 @@ class _EventFile:
         self._write(Event(wall_time=at or time.time(), step=step, summary=Summary(value=values)))
 
     def _write(self, event: Any) -> None:
-        self._writer.write(event.SerializeToString())
-        self._writer.flush()
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with self._path.open("ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
 
 
 def _run_name(number: int) -> str:
