@@ -18,7 +18,8 @@ from tlauto.errors import WeightsError
 from tlauto.levels import Levelled
 from tlauto.plugins import CONTRACTS, CORE_HOOKS, load_plugins
 from tlauto.splits import Split, Splittable
-from tlauto.testing import TaskHeadSuite
+from tlauto.testing import TaskHeadSuite, TrackerSuite
+from tlauto.trackers import Recorder, Tracker
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -58,7 +59,8 @@ def test_no_hook_is_documented_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "contract", [BackboneProvider, Backbone, Splittable, Split, Levelled, FreezeStrategy, TaskHead]
+    "contract",
+    [BackboneProvider, Backbone, Splittable, Split, Levelled, FreezeStrategy, TaskHead, Tracker, Recorder],
 )
 def test_every_member_of_a_contract_is_documented_with_its_exact_signature(contract: type) -> None:
     lines = {line.strip() for line in DOCS.splitlines()}
@@ -98,6 +100,16 @@ def test_the_hook_of_the_docs_head_returns_it() -> None:
     module = _example("NormLinear")
     assert [head.name for head in module.task_heads()] == ["norm_linear"]
     assert "norm_linear" not in load_plugins().names("task_heads")
+
+
+class TestTheTrackerOfTheDocs(TrackerSuite):
+    tracker = _example("JsonLines").JsonLines()
+
+    def test_importing_it_loads_no_heavy_library(self) -> None:
+        """It has no importable module; what it imports is visible in the docs."""
+        source = next(block for block in _blocks("python") if "class JsonLines:" in block)
+        found = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.MULTILINE))
+        assert found == {"json", "pathlib", "tlauto"}
 
 
 def test_the_provider_of_the_docs_loads_its_weights_and_refuses_to_do_without(tmp_path: Path) -> None:

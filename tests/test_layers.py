@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYER_0 = frozenset({"errors", "space", "contracts", "splits", "levels", "rungs", "pulse"})
+LAYER_0 = frozenset(
+    {"errors", "space", "contracts", "splits", "levels", "rungs", "pulse", "events", "trackers"}
+)
 LAYER_1 = frozenset(
-    {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices", "events"}
+    {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}
     | {"locks", "caches", "database"}
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
@@ -22,7 +24,7 @@ LAYER_2 = frozenset({"store", "study", "sampler", "training", "builtin"}) | NETW
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "failures", "loop", "mirrored", "outcomes"}
+    | {"continuing", "failures", "loop", "mirrored", "outcomes", "tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
@@ -69,7 +71,7 @@ def _rules() -> dict[str, Rule]:
 
 
 RULES = _rules()
-PLUGIN_PARTS = frozenset({"", "space", "contracts", "errors", "backbone", "testing"})
+PLUGIN_PARTS = frozenset({"", "space", "contracts", "events", "trackers", "errors", "backbone", "testing"})
 
 
 @dataclass(frozen=True)

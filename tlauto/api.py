@@ -116,6 +116,7 @@ def search(
     backbones: str | Sequence[str] | None = None,
     strategies: str | Sequence[str] | None = None,
     heads: str | Sequence[str] | None = None,
+    track: str | Sequence[str] | None = None,
     params: Mapping[str, Any] | None = None,
     emit: Emit = ignore,
     **settings: Any,
@@ -129,6 +130,7 @@ def search(
         backbones: ids or globs, such as `["timm:resnet18", "keras:MobileNet*"]`.
         strategies, heads: names; those of the preset by default. A text holds one, or several with
             commas between them, as on the command line.
+        track: trackers, as `--track` names them, such as `["tensorboard", "mlflow=http://host:5000"]`.
         params: fixed parameters by dotted name, such as `{"optim.name": "sgd"}`.
         emit: called with the values of `tlauto.events` as the search goes on.
         settings: any other field of `tlauto.config.SearchConfig`: out, study, task, metric, preset,
@@ -146,6 +148,7 @@ def search(
         "backbones": _names(backbones),
         "strategies": _names(strategies),
         "heads": _names(heads),
+        "track": (track,) if isinstance(track, str) else None if track is None else tuple(track),
         "params": None if params is None else dict(params),
     }
     known = SearchConfig.__dataclass_fields__

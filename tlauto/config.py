@@ -63,7 +63,8 @@ class SearchConfig:
     `trials` and `time_s` (seconds) are totals over all runs of the study; None leaves that side
     open. A trial may take `trial_timeout_s` seconds, None as long as it likes; `max_failures` in a row end
     the search. `params` fixes parameters by their dotted names. At most `ensemble` models answer together.
-    `cold` learns nothing from the workspace's earlier searches.
+    `cold` learns nothing from the workspace's earlier searches. `track` names trackers, each with
+    where it records after an `=`, if not in the study's folder.
     """
 
     data: str
@@ -91,6 +92,7 @@ class SearchConfig:
     storage: str | None = None
     new: bool = False
     cold: bool = False
+    track: tuple[str, ...] = ()
     allow_leaks: bool = False
     label_column: str | None = None
     path_column: str | None = None
@@ -117,16 +119,18 @@ class SearchConfig:
         return WeightsOptions(dict(self.weights), self.weights_dir, self.offline, self.pretrained)
 
     def to_json(self) -> str:
-        """The configuration as JSON, without the storage's password; `from_json` reads it."""
+        """The configuration as JSON, without passwords and where trackers record; `from_json` reads it."""
+        # An address may hold a password, and the database is shown to others.
         storage = self.storage and without_password(self.storage)
-        return json.dumps({**dataclasses.asdict(self), "storage": storage}, sort_keys=True)
+        track = [parse_track(text)[0] for text in self.track]
+        return json.dumps({**dataclasses.asdict(self), "storage": storage, "track": track}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> SearchConfig:
         """The configuration written by `to_json`."""
         data = json.loads(text)
-        for name in ("backbones", "strategies", "heads"):
-            data[name] = tuple(data[name])
+        for name in ("backbones", "strategies", "heads", "track"):
+            data[name] = tuple(data.get(name, ()))
         return cls(**data)
 
 
@@ -190,6 +194,14 @@ def without_password(url: str) -> str:
     return re.sub(r"(password=)[^&]*", r"\1***", shown)
 
 
+def parse_track(text: str) -> tuple[str, str | None]:
+    """The tracker's name, and where it is to record, of `NAME` or `NAME=WHERE`; raises ConfigError."""
+    name, equals, where = text.partition("=")
+    if not name.strip() or (equals and not where.strip()):
+        raise ConfigError(f"--track '{text}' is not NAME or NAME=WHERE, for example tensorboard=./runs")
+    return name.strip(), where.strip() or None
+
+
 def differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """A clause for each setting in which a resumed search must agree but does not."""
     clauses = []
@@ -239,6 +251,9 @@ def _check(config: SearchConfig) -> None:
         bool(config.weights) and not config.pretrained,
         "--weights and --no-pretrained exclude each other; leave one out",
     )
+    names = [parse_track(text)[0] for text in config.track]
+    twice = [name for name in names if names.count(name) > 1]
+    refuse(bool(twice), f"--track names '{(twice or [''])[0]}' twice; name each tracker once")
     for id, path in config.weights.items():
         refuse(":" not in id, f"--weights '{id}' is not PROVIDER:NAME=PATH, for example timm:resnet18=FILE")
         refuse(not Path(path).is_file(), f"the weights file '{path}' of {id} does not exist; check the path")
@@ -270,11 +285,14 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
         return f"{name}_s", parse_seconds(str(value))
     if name in ("backbones", "strategies", "heads"):
         value = value.split(",") if isinstance(value, str) else value
+    if name == "track":
+        value = [value] if isinstance(value, str) else value
     expected: dict[str, type | tuple[type, ...]] = {
         "trials": int, "workers": int, "seed": int, "ensemble": int, "max_failures": int,
         "time_s": (int, float), "trial_timeout_s": (int, float),
         "offline": bool, "pretrained": bool, "new": bool, "cold": bool, "allow_leaks": bool,
         "params": dict, "weights": dict, "backbones": list, "strategies": list, "heads": list,
+        "track": list,
     }  # fmt: skip
     kind = expected.get(name, str)
     fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -13,11 +13,10 @@ from tlauto.config import SearchConfig
 from tlauto.continuing import earlier_reports, next_spec, promotion
 from tlauto.contracts import (
     TrialDone,
-    TrialSpec,
     spec_from_json,
 )
 from tlauto.errors import TrialError
-from tlauto.events import Emit, Said, TrialStarted, ignore
+from tlauto.events import Emit, Said, TrialEnded, TrialStarted, ignore
 from tlauto.loop import Job, Loop
 from tlauto.outcomes import handle, stop_slow
 from tlauto.pool.protocol import BundleDone, JobFailed, RunTrial
@@ -25,6 +24,7 @@ from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
 from tlauto.schedule import best_trial, counts
 from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
+from tlauto.tracking import Tracking
 
 GRACE_S = 2.5
 """How long an interrupted search waits for a bundle that is being written."""
@@ -40,18 +40,19 @@ def run(config: SearchConfig, *, emit: Emit = ignore, session: Session | None = 
     """
     session = session or open_session(config, emit=emit)
     interrupted = threading.Event()
-    state = "interrupted"
+    state, tracking = "interrupted", Tracking(session, emit)
     with _signals(interrupted), session.study.explaining():
         try:
-            loop = Loop(session, emit, interrupted)
+            loop = Loop(session, tracking.emit, interrupted)
             row = session.store.search(session.name)
             loop.spent_before = loop.saved_at = float(row["seconds"]) if row else 0.0
             _search(loop)
             if not interrupted.is_set():
-                finish(session, emit=emit, interrupted=interrupted)
+                finish(session, emit=tracking.emit, interrupted=interrupted)
             state = "interrupted" if interrupted.is_set() else "finished"
             _save_time(loop)
         finally:
+            tracking.end(state, hurry=interrupted.is_set())
             session.close(state=state, grace_s=0.2 if interrupted.is_set() else 2.0)
     return session, interrupted.is_set()
 
@@ -90,7 +91,7 @@ def _fill(loop: Loop) -> None:
         session.study.note(record.number, slot=slot, seed=spec.seed)
         loop.busy[slot] = Job(spec, time.monotonic())
         session.pool.send(slot, RunTrial(spec))
-        loop.emit(TrialStarted(spec.number, slot, spec.backbone, spec.strategy, spec.head, spec.epochs))
+        loop.emit(TrialStarted.of(spec, slot))
 
 
 def _enqueue(
@@ -155,7 +156,7 @@ def _cut_off(loop: Loop) -> None:
     for slot, job in list(loop.busy.items()):
         session.pool.kill(slot)
         if not job.is_bundle:
-            _cut(loop, job.spec, INTERRUPTED, "the search was stopped during it")
+            _cut(loop, slot, INTERRUPTED, "the search was stopped during it")
     loop.busy.clear()
 
 
@@ -180,13 +181,16 @@ def _stop_late(loop: Loop) -> None:
     for slot, job in list(loop.busy.items()):
         if not job.is_bundle:
             loop.session.pool.kill(slot)
-            _cut(loop, job.spec, OUT_OF_TIME, "the time was up during it")
+            _cut(loop, slot, OUT_OF_TIME, "the time was up during it")
             del loop.busy[slot]
 
 
-def _cut(loop: Loop, spec: TrialSpec, kind: str, message: str) -> None:
+def _cut(loop: Loop, slot: str, kind: str, message: str) -> None:
+    spec, seconds = loop.busy[slot].spec, time.monotonic() - loop.busy[slot].started
     loop.session.store.fail_trial(loop.session.name, spec.number, kind=kind, message=message)
     loop.session.study.fail(spec.number, kind=kind, message=message)
+    facts = {"note": f"{kind}: {message}", "kind": kind, "counts": False}
+    loop.emit(TrialEnded.of(spec, slot, "failed", None, seconds, **facts))
 
 
 def _save_time(loop: Loop, *, every_s: float = 0.0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pluggy
 
 from tlauto.contracts import BackboneProvider, FreezeStrategy, TaskHead
+from tlauto.trackers import Tracker
 
 hookspec = pluggy.HookspecMarker("tlauto")
 hookimpl = pluggy.HookimplMarker("tlauto")
@@ -38,4 +39,15 @@ def task_heads() -> list[TaskHead]:  # type: ignore[empty-body]
     Called once per process, in the coordinator and again in each worker, so it must not depend on
     state and must not import torch. All answers are kept; two heads with one name raise
     DuplicateNameError. An exception marks the plugin as broken and the rest are still asked.
+    """
+
+
+@hookspec
+def trackers() -> list[Tracker]:  # type: ignore[empty-body]
+    """Trackers this plugin offers.
+
+    Called once per process, in the coordinator and again in each worker, so it must not depend on
+    state and must not import the tracker's library or torch. A tracker records only where the user
+    names it. All answers are kept; two trackers with one name raise DuplicateNameError. An exception
+    marks the plugin as broken and the rest are still asked.
     """

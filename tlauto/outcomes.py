@@ -63,7 +63,7 @@ def _epoch(loop: Loop, slot: str, job: Job, result: EpochResult) -> None:
         job.stopped = _why_to_stop(loop, job.spec, result)
     session.pool.send(slot, Answer(go_on=not job.stopped))
     session.store.add_epoch(session.name, result)
-    loop.emit(EpochEnded(result.number, slot, result.epoch, result.score))
+    loop.emit(EpochEnded.of(result, slot))
 
 
 def _why_to_stop(loop: Loop, spec: TrialSpec, result: EpochResult) -> str:
@@ -82,9 +82,10 @@ def _why_to_stop(loop: Loop, spec: TrialSpec, result: EpochResult) -> str:
 def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     session, spec = loop.session, job.spec
     del loop.busy[slot]
+    metrics = {name: entry["value"] for name, entry in done.metrics.items()}
     facts: dict[str, Any] = {
         # One attribute for all: each is a transaction of its own.
-        "metrics": {name: round(entry["value"], 5) for name, entry in done.metrics.items()}
+        "metrics": {name: round(value, 5) for name, value in metrics.items()}
     }
     session.store.finish_trial(session.name, done)
     epochs = done.epochs
@@ -106,8 +107,8 @@ def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     session.study.tell(done.number, score, is_pruned=done.is_pruned)
     loop.failures = 0
     state = "pruned" if done.is_pruned else "complete"
-    note = f"@{done.epochs}" if done.is_pruned else ""
-    loop.emit(_ended(spec, slot, state, score, done.seconds, note))
+    more = {"note": f"@{done.epochs}" if done.is_pruned else "", "metrics": metrics}
+    loop.emit(TrialEnded.of(spec, slot, state, score, done.seconds, **more))
     loop.emit(_progress(loop))
     forget_files(session.plan, session.study.trials())
 
@@ -131,7 +132,8 @@ def _failed(loop: Loop, slot: str, job: Job, failed: TrialFailed, log_tail: str 
     )
     session.study.note(spec.number, **facts)
     session.study.fail(spec.number, kind=failed.kind, message=failed.message)
-    loop.emit(_ended(spec, slot, "failed", None, seconds, f"{failed.kind}: {failed.message}{_shown(again)}"))
+    note = f"{failed.kind}: {failed.message}{_shown(again)}"
+    loop.emit(TrialEnded.of(spec, slot, "failed", None, seconds, note=note, kind=failed.kind))
     loop.emit(_progress(loop))
     if not again:
         _count_failure(loop, failed)
@@ -182,12 +184,6 @@ def stop_slow(loop: Loop) -> None:
         del loop.busy[slot]
         message = f"it took longer than the {limit:g} s that --trial-timeout allows"
         _failed(loop, slot, job, TrialFailed(job.spec.number, TrialTimeout.kind, message), log_tail)
-
-
-def _ended(
-    spec: TrialSpec, slot: str, state: str, score: float | None, seconds: float, note: str
-) -> TrialEnded:
-    return TrialEnded(spec.number, slot, spec.backbone, spec.strategy, spec.head, state, score, seconds, note)
 
 
 def _progress(loop: Loop) -> Progress:

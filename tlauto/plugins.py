@@ -18,16 +18,23 @@ from tlauto import hookspecs
 from tlauto.contracts import BackboneProvider, FreezeStrategy, TaskHead
 from tlauto.errors import ConfigError, DuplicateNameError, PluginLoadError, UnknownNameError, did_you_mean
 from tlauto.space import Parameter
+from tlauto.trackers import Tracker
 
 ENTRY_POINT_GROUP = "tlauto"
 BUILTIN = ("tlauto.builtin.timm_provider", "tlauto.builtin.torchvision_provider",
            "tlauto.builtin.keras_provider", "tlauto.builtin.freezing", "tlauto.builtin.heads")  # fmt: skip
-CORE_HOOKS = {"backbone_providers": "provider", "freeze_strategies": "strategy", "task_heads": "head"}
+CORE_HOOKS = {
+    "backbone_providers": "provider",
+    "freeze_strategies": "strategy",
+    "task_heads": "head",
+    "trackers": "tracker",
+}
 """Hooks and the word for what each offers."""
 CONTRACTS: dict[str, type] = {
     "backbone_providers": BackboneProvider,
     "freeze_strategies": FreezeStrategy,
     "task_heads": TaskHead,
+    "trackers": Tracker,
 }
 
 
@@ -78,6 +85,11 @@ class Registry:
     def head(self, name: str) -> TaskHead:
         """The head of that name; raises UnknownNameError."""
         value: TaskHead = self._get("task_heads", name).value
+        return value
+
+    def tracker(self, name: str) -> Tracker:
+        """The tracker of that name; raises UnknownNameError."""
+        value: Tracker = self._get("trackers", name).value
         return value
 
     def names(self, hook: str) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store, storage_url
 from tlauto.study import INTERRUPTED, Study, check_name
+from tlauto.tracking import check_trackers
 from tlauto.warm import Past
 
 
@@ -64,6 +65,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     Raises: TlautoError of the fitting kind; nothing is left running then.
     """
     strategies, heads = _chosen(config, registry())
+    check_trackers(config.track)
     slots = make_slots(config.devices, config.workers)
     out = _writable(Path(config.out), "workspace", "--out")
     cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")

@@ -74,7 +74,7 @@ class Lines:
             case Planned():
                 for line in plan_lines(event):
                     self.say(line)
-            case TrialEnded():
+            case TrialEnded(counts=True):
                 line, *why = trial_line(event).splitlines()
                 self.row(line)
                 for text in why:

@@ -65,6 +65,7 @@ def _weights(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...
 @click.option(
     "--no-pretrained", "pretrained", flag_value=False, default=None, help="Start from random weights."
 )
+@click.option("--track", multiple=True, metavar="NAME[=WHERE]", help="Record the search in a tracker too.")
 @click.option("--storage", metavar="URL", help="Database URL instead of the workspace's SQLite file.")
 @click.option("--resume", is_flag=True, help="Go on with the study if it exists and fits (the default).")
 @click.option("--new", is_flag=True, default=None, help="Start another study even if one exists.")
@@ -92,6 +93,7 @@ def command(resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], *
     flags["params"] = parse_params(params) or None
     for name in ("time_s", "trial_timeout_s"):
         flags[name] = None if flags[name] is None else parse_seconds(flags[name])
+    flags["track"] = flags["track"] or None
     config = resolve(flags)
     from tlauto.coordinator import run  # after the checks: Optuna and SQLAlchemy take a second
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 import pytest
 
 # Before the imports: only then do failing assertions of the suites show their values.
-pytest.register_assert_rewrite(*(f"tlauto.testing.{name}" for name in ("heads", "providers", "strategies")))
+pytest.register_assert_rewrite(
+    *(f"tlauto.testing.{name}" for name in ("heads", "providers", "strategies", "trackers"))
+)
 
 from tlauto.testing.heads import TaskHeadSuite  # noqa: E402
 from tlauto.testing.providers import BackboneProviderSuite  # noqa: E402
 from tlauto.testing.strategies import FreezeStrategySuite  # noqa: E402
+from tlauto.testing.trackers import TrackerSuite  # noqa: E402
 
-__all__ = ["BackboneProviderSuite", "FreezeStrategySuite", "TaskHeadSuite"]
+__all__ = ["BackboneProviderSuite", "FreezeStrategySuite", "TaskHeadSuite", "TrackerSuite"]
