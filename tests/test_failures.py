@@ -171,4 +171,4 @@ def test_the_silence_allowed_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match="TLAUTO_SILENCE: 'soon' is not a duration"):
         limits_here()
     monkeypatch.delenv("TLAUTO_SILENCE")
-    assert (limits_here().silence_s, beat_every()) == (120, 5)
+    assert (limits_here().silence_s, beat_every()) == (300, 5)
