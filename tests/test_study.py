@@ -37,6 +37,12 @@ def test_only_kept_backbones_are_proposed(url: str) -> None:
         study.tell(record.number, 0.5 if record.params["backbone"] == "timm:b" else 0.9)
 
 
+def test_a_folder_may_have_braces_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "{runs}").mkdir()
+    Study(f"sqlite:///{tmp_path}/{{runs}}/tlauto.db", "s", seed=0, create=True).close()
+    assert [file.name for file in (tmp_path / "{runs}").glob("*.db")] == ["tlauto.db"]
+
+
 def test_a_proposal_depends_on_the_record_not_on_the_process(url: str, tmp_path: Path) -> None:
     def propose(name: str, *, reopen: bool) -> list[dict[str, object]]:
         study, space, seen = Study(url, name, seed=7, create=True), make_space(), []
