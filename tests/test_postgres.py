@@ -369,7 +369,10 @@ def test_a_study_deleted_by_another_program_ends_its_search_in_one_sentence(
     make_patches(tmp_path / "patches", per_class=6, classes=2)
     with searching(tmp_path, *FROZEN, "--trials", "30", "--storage", url) as search:
         wait_for(tmp_path / "search.log", "best ", search)
-        optuna.delete_study(study_name="patches", storage=url)
+        storage = optuna.storages.RDBStorage(url)
+        optuna.delete_study(study_name="patches", storage=storage)
+        storage.remove_session()
+        storage.engine.dispose()
         assert search.wait(timeout=200) == 1
     last = (tmp_path / "search.log").read_text().splitlines()[-1]
     assert last.startswith("error: the trials of study 'patches' are gone") and "--new" in last

@@ -12,14 +12,14 @@ import pytest
 from tests_support import TINY, command, environment, leaderboard, wait_for, wait_until_served
 
 TRIALS = 16
-SEARCH = ("search", "--data", "patches", *TINY, "--strategies", "feature_extraction")
+SEARCH = ("search", "--data", "patches", *TINY, "--strategies", "feature_extraction", "--heads", "linear")
 
 LOOP = """
 import sys, threading
 done = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
 states, reads = set(), 0
-while not done.wait(0.05):
+while not done.wait(0.2):
     states |= set(read())
     reads += 1
 print(reads, *sorted(states))

@@ -108,7 +108,7 @@ def run_with_mounts(script: str, *, cwd: Path) -> subprocess.CompletedProcess[st
 
 def wait_for(log: Path, pattern: str, process: subprocess.Popen[Any]) -> re.Match[str]:
     """The first match of a pattern in what a process writes to its log."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # only catches a hang
     while time.monotonic() < deadline:
         if found := re.search(pattern, log.read_text()):
             return found

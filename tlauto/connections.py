@@ -38,10 +38,7 @@ ADVICE = (
     ("is locked", f"another program has been writing to it for {BUSY_S} s; end that one, then {GOES_ON}"),
     ("password", "check user and password in --storage, PGPASSWORD or ~/.pgpass"),
     ("role", "check the user in --storage"),
-    (
-        "permission denied",
-        "let this user create tables there, or use another database in --storage",
-    ),
+    ("permission denied", "let this user create tables there, or use another database in --storage"),
     ("does not exist", "create the database ('createdb NAME') or name another in --storage"),
     ("resolve host", "check the host in --storage"),
     ("refused", f"start the server, or check host and port in --storage; {GOES_ON}"),

@@ -16,20 +16,9 @@ from tlauto.errors import StoreError
 from tlauto.locks import locked
 
 NETWORKS = frozenset(
-    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs"}
-    | {
-        "fuse.rclone",
-        "fuse.s3fs",
-        "fuse.sshfs",
-        "gfs2",
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "ncpfs",
-        "nfs",
-        "nfs4",
-    }
-    | {"ocfs2", "orangefs", "pvfs2", "smb3", "smbfs", "wekafs"}
+    {"9p", "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"}
+    | {"ocfs2", "orangefs", "pvfs2", "smb3", "smbfs", "wekafs", "fuse.ceph", "fuse.gcsfuse"}
+    | {"fuse.glusterfs", "fuse.juicefs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs"}
 )
 """File systems, as Linux names them, on which several machines may use one file."""
 
@@ -66,8 +55,8 @@ def make_safe(file: Path) -> list[str]:
             lock.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
-            f"cannot check the database {file}: {error.strerror or error}; check its folder and "
-            f"the free space"
+            f"cannot check the database {file}: {error.strerror or error}; check its folder and the "
+            f"free space"
         ) from None
     return notes
 
@@ -148,10 +137,9 @@ def _copy(file: Path, backup: Path) -> None:
 
 def _restored(file: Path, backup: Path, damage: str) -> str:
     """Put the backup in the place of a damaged file; a sentence on it."""
-    aside = next(
-        name for n in itertools.count(1) if not (name := file.with_name(f"{file.name}.damaged-{n}")).exists()
-    )
     _require_restorable(file, backup, damage)
+    names = (file.with_name(f"{file.name}.damaged-{n}") for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
     part = file.with_name(f"{file.name}.part")
     shutil.copyfile(backup, part)
     for ending in ("-wal", "-shm", ""):  # what a journal holds belongs to the damaged file
