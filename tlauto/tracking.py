@@ -257,11 +257,11 @@ def _story(
         yield EpochEnded(spec.number, slot, **values, at=at + passed)
     kind = trial.attrs.get("error_kind", "")
     note = f"{kind}: {trial.attrs.get('error', '')}" if kind else ""
-    if trial.state == "pruned" and row["result"]:
-        note = f"@{row['result']['epochs']}"
-    metrics = _values(row["result"]["metrics"]) if row["result"] else {}
-    facts = {"note": note, "kind": kind, "counts": trial.counts, "metrics": metrics}
-    seconds = float(trial.attrs.get("seconds", passed))
+    result = row["result"] or {"metrics": {}, "seconds": trial.attrs.get("seconds", passed)}
+    if trial.state == "pruned":
+        note = f"@{result.get('epochs', len(epochs))}"
+    facts = {"note": note, "kind": kind, "counts": trial.counts, "metrics": _values(result["metrics"])}
+    seconds = float(result["seconds"])
     yield TrialEnded.of(spec, slot, trial.state, trial.score, seconds, at=at + seconds, **facts)
 
 
