@@ -71,6 +71,8 @@ def test_the_sampler_learns_parameters_that_only_some_trials_have(kept: dict[str
             far.append(away)
     assert len(far) > 30
     assert statistics.median(far[-15:]) < 0.6 * statistics.median(far[:10])
+
+
 def test_a_folder_may_have_braces_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "{runs}").mkdir()
     Study(f"sqlite:///{tmp_path}/{{runs}}/tlauto.db", "s", seed=0, create=True).close()
