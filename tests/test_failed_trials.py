@@ -193,7 +193,7 @@ def test_failures_in_a_row_end_the_search_and_the_same_command_goes_on(place: Pl
     )
     assert place.counted == before + 3
     photo = next((place.folder / "patches" / "red").iterdir())
-    assert run("predict", str(model), str(photo), cwd=place.folder).returncode == 0
+    assert run("predict", str(model), str(photo), cwd=place.folder, env=place.env).returncode == 0
     again = place.search(*limited)
     assert again.returncode == 0, again.stderr
     assert place.counted == before + 4
