@@ -111,8 +111,9 @@ def test_reading_a_database_that_is_not_there_makes_none(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("words", [("show",), ("search", "--data", "images", *SAME)], ids=["show", "search"])
-def test_a_damaged_database_is_named(words: tuple[str, ...], workspace: Path) -> None:
+def test_a_damaged_database_without_backup_is_named(words: tuple[str, ...], workspace: Path) -> None:
     database = workspace / "tlauto-runs" / "tlauto.db"
+    database.with_name("tlauto.db.backup").unlink(missing_ok=True)
     database.write_bytes(os.urandom(5000))
     sentence = refused(*words, cwd=workspace)
     assert str(database) in sentence and "file is not a database" in sentence and "--out" in sentence
