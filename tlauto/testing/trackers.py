@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from tlauto.events import EpochEnded, SearchEnded, SearchStarted, TrialEnded, TrialStarted
+from tlauto.space import Scalar
 from tlauto.testing.spaces import check_name, heavy_imports
 from tlauto.trackers import Recorder, Tracker
 
-PARAMS = {"optim.lr": 1e-3, "freeze.partial.k": 2, "augment.flip": True, "head.kind": "größer | <b>"}
+PARAMS: dict[str, Scalar] = {
+    "optim.lr": 1e-3,
+    "freeze.partial.k": 2,
+    "augment.flip": True,
+    "head.kind": "größer | <b>",
+}
 ENDS: dict[str, dict[str, Any]] = {
     "complete": {"score": 0.9, "metrics": {"accuracy": 0.9, "log_loss": 0.3}},
     "pruned": {"score": 0.4, "note": "@2", "metrics": {"accuracy": 0.4}},
