@@ -156,7 +156,7 @@ def test_a_stopped_worker_is_killed_and_its_trial_runs_again(place: Place) -> No
     place.propose({"stands": FROZEN})
     mark = place.folder / "site" / "marks" / "stands"
     search = command(*SEARCH, "--trials", str(place.counted + 1))
-    env = {**environment(place.folder), **place.env, "TLAUTO_SILENCE": "60s"}
+    env = {**environment(place.folder), **place.env, "TLAUTO_SILENCE": "30s"}
     with subprocess.Popen(search, cwd=place.folder, env=env, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (mark.is_file() and mark.read_text()):
             time.sleep(0.1)
@@ -165,7 +165,7 @@ def test_a_stopped_worker_is_killed_and_its_trial_runs_again(place: Place) -> No
         said = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, said
     hung, again = place.rows("stands")
-    assert hung["error"] == "hung: the worker process gave no sign of life for 60 s and was killed"
+    assert hung["error"] == "hung: the worker process gave no sign of life for 30 s and was killed"
     assert (again["retry_of"], again["state"]) == (hung["number"], "complete")
 
 
