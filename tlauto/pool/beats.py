@@ -19,8 +19,7 @@ class Limits:
     Attributes:
         silence_s: without a word. Another thread than the one that works speaks, so this is a process
             that was stopped, or native code that lets no other thread run. Loading a large library does
-            that too: seconds, from a cold network drive tens of them, and at idle priority beside a
-            full machine a worker was silent for more than 30 s while it loaded PyTorch.
+            that too: seconds, tens of them from a cold network drive or beside a full machine.
         start_s: with signs of life, but none of work, since the job began: weights may have to be
             downloaded, a large array checked, a network converted.
         stall_s, stall_factor: the same once there was work: so long, or so many times the longest pause
