@@ -221,15 +221,17 @@ def test_whole_trials_cost_what_they_did(recordings: replay.Recordings) -> None:
 
 
 def test_a_paused_trial_is_promoted_and_pays_for_the_rest_only(table: Table) -> None:
-    # Scores of their own, and losses that fall, so that rungs alone decide who stops.
-    rows = [
-        replace(r, epochs=[(0.4 + 7 * r.number % 11 / 50, 1 / (e + 1), 1.0) for e in range(4)])
-        if len(r.epochs) == 4 else r
-        for r in timed(table).rows
-    ]  # fmt: skip
-    known = replay.Recordings(Table(timed(table).header, rows))
-    runs = [simulate(known, "pausing", seed).account.trials for seed in range(24)]
-    lasts = {last for run in runs for number, _, last, _ in run if len(rows[number].epochs) == 4}
+    # Scores of their own, in several orders, and losses that fall, so that rungs alone decide who stops.
+    runs = []
+    for factor in range(1, 11):
+        rows = [
+            replace(r, epochs=[(0.4 + factor * r.number % 11 / 50, 1 / (e + 1), 1.0) for e in range(4)])
+            if len(r.epochs) == 4 else r
+            for r in timed(table).rows
+        ]  # fmt: skip
+        known = replay.Recordings(Table(timed(table).header, rows))
+        runs += [simulate(known, "pausing", seed).account.trials for seed in range(4)]
+    lasts = {last for run in runs for number, _, last, _ in run if len(table.rows[number].epochs) == 4}
     assert lasts == {2, 4}
     promoted = [(run, trial) for run in runs for trial in run if trial[1] > 1]
     assert promoted
@@ -298,7 +300,7 @@ def test_the_budget_is_what_so_many_random_trials_cost(table: Table) -> None:
 
 def test_policies_are_compared_and_the_last_line_is_json(folder: Path, table: Table, tmp_path: Path) -> None:
     timed(table).save(tmp_path / "noisy.jsonl.gz")
-    options = ("--curves", str(tmp_path), "--seeds", "2", "--trials", "8", "--workers", "1")
+    options = ("--curves", str(tmp_path), "--seeds", "8", "--trials", "8", "--workers", "1")
     done = script("policy.py", *options, "--vary", "rungs.FIRST=2,4", cwd=folder)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,13 @@ def wait_for(log: Path, pattern: str, process: subprocess.Popen[Any]) -> re.Matc
 
 def wait_until_served(port: int) -> None:
     """Return once the dashboard answers; it says that it listens a moment before it does."""
+    # An answer, not a connection: to a port that nobody listens on one may connect with oneself.
     deadline = time.monotonic() + 60
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port)).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).close()
             return
-        except ConnectionRefusedError:
+        except (OSError, http.client.HTTPException):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
