@@ -20,7 +20,8 @@ LAYER_1 = frozenset(
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 DATABASE = frozenset({"connections", "migrations"})
-LAYER_2 = frozenset({"store", "study", "sampler", "training", "builtin"}) | NETWORKS | DATABASE
+OPTUNA = frozenset({"study", "sampler", "writethrough"})
+LAYER_2 = frozenset({"store", "training", "builtin"}) | OPTUNA | NETWORKS | DATABASE
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
@@ -48,8 +49,9 @@ def _rules() -> dict[str, Rule]:
     rules = dict.fromkeys(LAYER_0, Rule(LAYER_0))
     rules |= dict.fromkeys(LAYER_1, Rule(BELOW_2, frozenset({"pluggy"}), none, IMAGES | {"rich"}))
     rules |= dict.fromkeys(DATABASE | {"store"}, Rule(BELOW_2 | DATABASE, frozenset({"sqlalchemy"})))
-    rules["study"] = Rule(BELOW_2 | {"connections", "sampler"}, frozenset({"optuna"}))
-    rules["sampler"] = Rule(BELOW_2, frozenset({"optuna"}))
+    rules["study"] = Rule(BELOW_2 | {"connections", "sampler", "writethrough"}, frozenset({"optuna"}))
+    rules["writethrough"] = Rule(BELOW_2, frozenset({"optuna", "sqlalchemy"}))
+    rules["sampler"] = Rule(BELOW_2, frozenset({"optuna", "numpy"}))
     rules |= dict.fromkeys(
         NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy", "safetensors"}), none, LIBRARIES)
     )
@@ -169,8 +171,8 @@ def test_only_study_imports_optuna_and_only_the_store_imports_sqlalchemy() -> No
             top = found.module.partition(".")[0]
             if top in users and not found.is_typing:
                 users[top].add(_part(file))
-    assert users["optuna"] <= {"study", "sampler"}
-    assert users["sqlalchemy"] <= {"store"} | DATABASE
+    assert users["optuna"] <= OPTUNA
+    assert users["sqlalchemy"] <= {"store", "writethrough"} | DATABASE
 
 
 def test_the_walk_sees_imports_inside_functions_and_under_type_checking(tmp_path: Path) -> None:

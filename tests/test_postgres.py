@@ -367,7 +367,7 @@ def test_a_study_deleted_by_another_program_ends_its_search_in_one_sentence(
     import optuna
 
     make_patches(tmp_path / "patches", per_class=6, classes=2)
-    with searching(tmp_path, *FROZEN, "--trials", "30", "--storage", url) as search:
+    with searching(tmp_path, *FROZEN, "--trials", "2000", "--storage", url) as search:
         wait_for(tmp_path / "search.log", "best ", search)
         storage = optuna.storages.RDBStorage(url)
         optuna.delete_study(study_name="patches", storage=storage)

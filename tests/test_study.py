@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 
 from tlauto.builtin.tasks import task
 from tlauto.errors import ConfigError, StoreError
@@ -173,3 +175,64 @@ def test_a_study_that_is_not_ours_is_refused(url: str) -> None:
         Study(url, "foreign", seed=0, create=True)
     with pytest.raises(StoreError, match="the trials of study 'absent' are gone"):
         Study(url, "absent", seed=0, create=False)
+
+
+def shown(study: optuna.Study) -> list[tuple[object, ...]]:
+    """What other programs see of a study's trials."""
+    names = ("number", "state", "values", "params", "distributions", "user_attrs", "intermediate_values")
+    return [tuple(getattr(trial, name) for name in names) for trial in study.trials]
+
+
+def in_database(url: str) -> list[tuple[object, ...]]:
+    return shown(optuna.load_study(study_name="s", storage=url))
+
+
+def test_what_is_in_memory_is_in_the_database_after_every_change(url: str) -> None:
+    study, space = Study(url, "s", seed=3, create=True), make_space()
+    read_again = partial(Study, url, "s", seed=3, create=False)
+
+    def check() -> None:
+        again = read_again()
+        assert again.trials() == study.trials()
+        assert in_database(url) == shown(study._study)
+        again.close()
+
+    study.enqueue({"backbone": "timm:a"}, purpose="probe")
+    check()
+    for i in range(4):
+        number = study.ask(space).number
+        check()
+        study.note(number, seconds=1.5, metrics={"accuracy": 0.5})
+        check()
+        study.report(number, 1, 0.25)
+        check()
+        if i == 1:
+            study.requeue(number, why="error")
+            study.fail(number, kind="error", message="it failed")
+        else:
+            study.tell(number, 0.5 + i / 10, is_pruned=i == 2)
+        check()
+    assert [trial.state for trial in study.trials()] == ["complete", "failed", "pruned", "complete"]
+
+
+def test_changes_together_are_one_transaction_and_none_is_left_of_a_block_that_fails(url: str) -> None:
+    study, space = Study(url, "s", seed=3, create=True), make_space()
+    commits = 0
+
+    @sqlalchemy.event.listens_for(study._storage.engine, "commit")
+    def count(_connection: object) -> None:
+        nonlocal commits
+        commits += 1
+
+    number = study.ask(space).number
+    assert commits == 1
+    with study.together():
+        study.note(number, seconds=1.5, epochs=3)
+        study.tell(number, 0.5)
+    assert commits == 2
+    with pytest.raises(ZeroDivisionError), study.together():
+        study.note(study.ask(space).number, seconds=1 / 0)
+    assert len(in_database(url)) == 1
+    assert commits == 2
+    study.enqueue({"backbone": "timm:b"}, purpose="probe")
+    assert commits == 3

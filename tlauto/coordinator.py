@@ -83,12 +83,13 @@ def _fill(loop: Loop) -> None:
         trials, left = session.study.trials(), loop.seconds_left()
         kept = session.plan.proposable(trials, left)
         _enqueue(loop, trials, kept["strategy"], left)
-        record = session.study.ask(session.plan.space, kept=kept)
-        spec = next_spec(session, record, trials, left=left)
-        for epoch, score in earlier_reports(spec, record, trials).items():
-            session.study.report(record.number, epoch, score)
+        with session.study.together():
+            record = session.study.ask(session.plan.space, kept=kept)
+            spec = next_spec(session, record, trials, left=left)
+            for epoch, score in earlier_reports(spec, record, trials).items():
+                session.study.report(record.number, epoch, score)
+            session.study.note(record.number, slot=slot, seed=spec.seed)
         session.store.start_trial(session.name, spec, slot)
-        session.study.note(record.number, slot=slot, seed=spec.seed)
         loop.busy[slot] = Job(spec, time.monotonic())
         session.pool.send(slot, RunTrial(spec))
         loop.emit(TrialStarted.of(spec, slot))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -21,7 +22,7 @@ class _KeptSampler(optuna.samplers.TPESampler):
     """TPE that proposes only some values of some categories, such as backbones.
 
     A categorical's choices cannot change within a study, so what is dropped stays in the
-    distribution: proposals outside `kept` are drawn again. Where one value is left, the others are drawn
+    distribution: candidates outside `kept` are passed over. Where one value is left, the others are drawn
     without it.
 
     Parameters that the same trials have are drawn together, and only those that the trial at hand asks
@@ -35,17 +36,16 @@ class _KeptSampler(optuna.samplers.TPESampler):
         )
         self._kept = {name: sorted(values) for name, values in kept.items() if values}
         self._choice = random.Random(seed)
+        self._drawing: Distributions = {}
         self._blocks: list[Distributions] = []
         self._drawn: dict[str, Any] = {}
-        self._read_once: Any = None
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: Distributions
     ) -> dict[str, Any]:
         self._blocks, self._drawn = _blocks(study, search_space), {}
-        self._read_once = _ReadOnce(study)
         for block in [block for block in self._blocks if not self._kept.keys().isdisjoint(block)]:
-            self._drawn |= self._draw(self._read_once, trial, block)
+            self._drawn |= self._draw(study, trial, block)
         return dict(self._drawn)
 
     def sample_independent(
@@ -54,7 +54,7 @@ class _KeptSampler(optuna.samplers.TPESampler):
         block = next((block for block in self._blocks if param_name in block), {})
         if block.get(param_name) == param_distribution:
             if param_name not in self._drawn:
-                self._drawn |= super().sample_relative(self._read_once, trial, block)
+                self._drawn |= super().sample_relative(study, trial, block)
             if param_name in self._drawn:
                 return self._drawn[param_name]
         if param_name in self._kept:
@@ -64,34 +64,25 @@ class _KeptSampler(optuna.samplers.TPESampler):
     def _draw(self, study: optuna.Study, trial: FrozenTrial, block: Distributions) -> dict[str, Any]:
         """Values of a block that agree with `kept`; none while there are too few trials to learn from."""
         only = {name: values[0] for name, values in self._kept.items() if name in block and len(values) == 1}
-        rest = {name: distribution for name, distribution in block.items() if name not in only}
+        self._drawing = {name: distribution for name, distribution in block.items() if name not in only}
         for _ in range(20):
-            params = {**super().sample_relative(study, trial, rest), **only}
+            params = {**super().sample_relative(study, trial, self._drawing), **only}
             wrong = [name for name, values in self._kept.items() if params.get(name, values[0]) not in values]
             if not wrong:
                 return params
         return {**params, **{name: self._choice.choice(self._kept[name]) for name in wrong}}
 
+    def _compute_acquisition_func(self, samples: dict[str, Any], *estimators: Any) -> Any:
+        """Optuna's expected improvement of candidates (`(candidates,)` each), lowest of those not kept.
 
-class _ReadOnce:
-    """A study for one proposal: its trials are read once and not for every block that is drawn.
-
-    Optuna keeps ended trials in memory, but reads those that run from the database each time: of 64 slots
-    that took half a second a proposal.
-    """
-
-    def __init__(self, study: optuna.Study) -> None:
-        self._study = study
-        self._trials = study.get_trials(deepcopy=False)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Collection[TrialState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        """What TPE asks of a study; nothing changes meanwhile."""
-        return [trial for trial in self._trials if states is None or trial.state in states]
+        No public method is that close to the choice among candidates. Without this one proposals outside
+        `kept` are drawn again, which costs as much each time.
+        """
+        values = super()._compute_acquisition_func(samples, *estimators)
+        for name in self._kept.keys() & samples.keys():
+            kept = [self._drawing[name].to_internal_repr(value) for value in self._kept[name]]
+            values[~np.isin(samples[name], kept)] = -np.inf
+        return values
 
 
 def _blocks(study: optuna.Study, space: Distributions) -> list[Distributions]:

@@ -7,7 +7,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from tlauto.errors import StoreError
 from tlauto.sampler import Kept, make_sampler
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
+from tlauto.writethrough import WriteThrough
 
 FORMAT = 1
 INTERRUPTED = "interrupted"
@@ -108,13 +109,15 @@ class Study:
         self.name = name
         self.seed = seed
         self._url = url
-        self._storage = open_storage(url)
         self._running: dict[int, optuna.Trial] = {}
-        self._records: list[TrialRecord] | None = None
-        self._ended: dict[int, TrialRecord] = {}
+        self._records: list[TrialRecord] = []
+        self._changed: set[int] = set()
+        self._storage = open_storage(url)
         with _explained(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             exists = _exists(self._storage, name, create=create)
+            if isinstance(self._storage, optuna.storages.RDBStorage):
+                self._storage = WriteThrough(self._storage, name)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -157,7 +160,6 @@ class Study:
         Args:
             attrs: further facts to record of the trial, such as `from_study`.
         """
-        self._records = None
         self._study.enqueue_trial(dict(params), user_attrs={"purpose": purpose, **attrs})
 
     def ask(self, space: SearchSpace, *, kept: Kept | None = None) -> TrialRecord:
@@ -166,47 +168,57 @@ class Study:
         The sampler is seeded by the study's seed and the trial's number, so that what is proposed
         depends on the recorded trials alone, not on how often the search was stopped.
         """
-        records, self._records = self.trials(), None
+        records = self.trials()
         waiting = [record.number for record in records if record.state == "waiting"]
         seed = random.Random(f"{self.seed}/{min(waiting, default=len(records))}").randrange(2**31)
         self._study.sampler = make_sampler(seed, kept or {}, is_alone=not self._running)
-        trial = self._study.ask()
-        params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
+        with self.together():
+            trial = self._study.ask()
+            params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
+            trial.set_user_attr("purpose", trial.user_attrs.get("purpose", "search"))
         self._running[trial.number] = trial
-        purpose = trial.user_attrs.get("purpose", "search")
-        trial.set_user_attr("purpose", purpose)
-        return TrialRecord(trial.number, "running", params, None, {**trial.user_attrs, "purpose": purpose})
+        self._changed.add(trial.number)
+        return TrialRecord(trial.number, "running", params, None, trial.user_attrs)
 
     # --- recording --------------------------------------------------------------------------------
 
+    def together(self) -> AbstractContextManager[None]:
+        """A block whose changes are one transaction, written at its end."""
+        return self._storage.together() if isinstance(self._storage, WriteThrough) else nullcontext()
+
     def note(self, number: int, **values: Any) -> None:
         """Attach readable facts to a running trial; the dashboard shows them."""
-        self._records = None
-        for key, value in values.items():
-            self._running[number].set_user_attr(key, value)
+        self._changed.add(number)
+        with self.together():
+            for key, value in values.items():
+                self._running[number].set_user_attr(key, value)
 
     def report(self, number: int, epoch: int, score: float) -> None:
         """Record an epoch's score; one that goes on from a state may come to an epoch again."""
         if epoch not in self.trials()[number].reports:
-            self._records = None
+            self._changed.add(number)
             self._running[number].report(score, epoch)
 
     def tell(self, number: int, score: float, *, is_pruned: bool = False) -> None:
         """End a trial with its score."""
-        trial, self._records = self._running.pop(number), None
-        if is_pruned:
-            # Optuna takes the last reported value for a pruned trial: ours is the best epoch's.
-            trial.set_user_attr("score", score)
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self._study.tell(trial, score)
+        with self.together():
+            trial = self._running.pop(number)
+            self._changed.add(number)
+            if is_pruned:
+                # Optuna takes the last reported value for a pruned trial: ours is the best epoch's.
+                trial.set_user_attr("score", score)
+                self._study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self._study.tell(trial, score)
 
     def fail(self, number: int, *, kind: str, message: str) -> None:
         """End a trial as failed; `kind` INTERRUPTED is not counted."""
-        trial, self._records = self._running.pop(number), None
-        trial.set_user_attr("error_kind", kind)
-        trial.set_user_attr("error", message)
-        self._study.tell(trial, state=TrialState.FAIL)
+        with self.together():
+            trial = self._running.pop(number)
+            self._changed.add(number)
+            trial.set_user_attr("error_kind", kind)
+            trial.set_user_attr("error", message)
+            self._study.tell(trial, state=TrialState.FAIL)
 
     def requeue_interrupted(self) -> list[int]:
         """Fail the trials that a dead coordinator left running and propose them again, once each.
@@ -241,21 +253,13 @@ class Study:
     # --- reading ----------------------------------------------------------------------------------
 
     def trials(self) -> list[TrialRecord]:
-        """All trials in order of number; read again only after one was changed here.
-
-        Nobody else changes them: a study has one coordinator.
-        """
-        if self._records is None:
-            with _explained(self._url):
-                self._records = [self._record_of(trial) for trial in self._study.get_trials(deepcopy=False)]
+        """All trials in order of number. Nobody else changes them: a study has one coordinator."""
+        trials = self._study.get_trials(deepcopy=False)
+        self._records += [_record(trial) for trial in trials[len(self._records) :]]
+        for number in self._changed:
+            self._records[number] = _record(trials[number])
+        self._changed.clear()
         return list(self._records)
-
-    def _record_of(self, trial: FrozenTrial) -> TrialRecord:
-        """A trial's record, made once when it has ended: then it cannot change any more."""
-        record = self._ended.get(trial.number) or _record(trial)
-        if trial.state.is_finished():
-            self._ended[trial.number] = record
-        return record
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -298,7 +302,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
 
 def _close(storage: optuna.storages.BaseStorage) -> None:
-    if isinstance(storage, optuna.storages.RDBStorage):
+    if isinstance(storage, (optuna.storages.RDBStorage, WriteThrough)):
         storage.remove_session()
         storage.engine.dispose()
 
