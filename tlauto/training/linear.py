@@ -39,6 +39,7 @@ class Problem:
         loss: mean loss of (outputs (n, K), targets of the same rows).
         output: from raw logits (n, K) to what `loss` reads.
         num_outputs: K.
+        axes: `principal_axes(features)`, found when they are needed unless they are given.
     """
 
     features: Rows
@@ -46,6 +47,7 @@ class Problem:
     loss: Loss
     output: Callable[[torch.Tensor], torch.Tensor]
     num_outputs: int
+    axes: Axes | None = None
 
     def solve(
         self,
@@ -90,7 +92,7 @@ class Problem:
 
     @cached_property
     def _axes(self) -> Axes:
-        return principal_axes(self.features)
+        return self.axes or principal_axes(self.features)
 
     def _solve(
         self,
