@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tlauto.caches import entries, is_in_use
 from tlauto.contracts import TrialDone, TrialSpec
 from tlauto.training import kept as keeper
 from tlauto.training.kept import LIMIT, forget, kept
+from tlauto.training.seeding import seed_everything
+from tlauto.training.threads import SMALL, threads_for
 
 Run = Callable[..., TrialDone]
 
@@ -101,3 +104,26 @@ def test_what_was_used_longest_ago_is_dropped() -> None:
         get(key, size)
         get(key, size)
         assert len(made) == 2
+
+
+def test_one_thread_does_what_is_small() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="inside"), threads_for(SMALL):
+            assert torch.get_num_threads() == 1
+            raise ValueError("inside")
+        assert torch.get_num_threads() == 2
+        with threads_for(SMALL + 1):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_seeds_are_torchs_own_and_are_not_collected() -> None:
+    torch.manual_seed(3)
+    wanted, waiting = torch.rand(4), len(torch.cuda._queued_calls)
+    seed_everything(3)
+    assert torch.equal(torch.rand(4), wanted)
+    if not torch.cuda.is_available():
+        assert len(torch.cuda._queued_calls) == waiting

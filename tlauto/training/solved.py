@@ -15,6 +15,7 @@ from tlauto.training.kept import kept
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
 from tlauto.training.model import GRID, LEVELS, Kind, Readout
 from tlauto.training.stored import Stored
+from tlauto.training.threads import threads_for
 from tlauto.training.trial import Fitted, Trial
 
 ALONE = 1e-2
@@ -108,7 +109,7 @@ class _Solving:
         features = trial.source.features([trial.spec.evaluate_on], self.kind)
         valid = trial.rows(self.readout, features, of=self.train)
         everything = torch.arange(len(self.train), device=trial.device)
-        with torch.no_grad():
+        with torch.no_grad(), threads_for(self.train.shape[0] * self.train.shape[1] * trial.num_outputs):
             batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
             logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
             train_loss = self.problem.mean_loss(self.problem.answers(head, everything))
