@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tlauto.errors import DataError
 
 Target = int | float | tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,21 @@ class Dataset:
 
     def part(self, *splits: str) -> tuple[Item, ...]:
         """The items of these splits, in order."""
-        return tuple(item for item in self.items if item.split in splits)
+        return self.once(splits, lambda: tuple(item for item in self.items if item.split in splits))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once and kept as long as the dataset: a worker reads it for many trials.
+
+        It must follow from the dataset and the key alone, and nobody may change it.
+        """
+        if key not in self._kept:
+            self._kept[key] = make()
+        kept: T = self._kept[key]
+        return kept
+
+    @cached_property
+    def _kept(self) -> dict[Hashable, Any]:
+        return {}
 
     def file(self, item: Item) -> Path:
         """The absolute path of an item."""

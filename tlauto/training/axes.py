@@ -41,6 +41,12 @@ class Axes:
     rest: float
     is_rotated: bool
 
+    @property
+    def bytes(self) -> int | None:
+        """Of memory that they take; None when their rows are mapped."""
+        rows = self.rows.bytes
+        return None if rows is None else rows + self.basis.nbytes
+
     def inwards(self, heads: torch.Tensor) -> torch.Tensor:
         """Heads (B, D, K) in the coordinates (B, W, K) of the rows."""
         return self.basis.T @ heads if self.is_rotated else heads

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +102,12 @@ class FeatureSource:
     def features(self, splits: Sequence[str], kind: Kind) -> Stored:
         """Features (N, D) or (N, C, H, W) of these splits, split after split, in the cache."""
         kept = self._kept(kind)
-        return self._stored(kind, [self._part(split, kept, mirror=self.mirror) for split in splits])
+        parts = [self._part(split, kept, mirror=self.mirror) for split in splits]
+        names = [
+            (self._path([split], kept, range(len(part)), "full", self.mirror).stem, str(part.dtype))
+            for split, part in zip(splits, parts, strict=True)
+        ]
+        return self._stored(kind, parts, key=(kind, str(self.device), *names))
 
     def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features of up to 512 images, evenly spaced over these splits."""
@@ -125,14 +130,14 @@ class FeatureSource:
         """One forward pass gives all levels, so whatever is pooled is a part of the same cached array."""
         return kind if kind == "unpooled" or not self.facts.widths.levels else GRID
 
-    def _stored(self, kind: Kind, parts: Sequence[np.ndarray]) -> Stored:
+    def _stored(self, kind: Kind, parts: Sequence[np.ndarray], *, key: Hashable = None) -> Stored:
         """Arrays of the kind that is kept, read as this kind."""
         tensors, levels = tuple(map(torch.from_numpy, parts)), self.facts.widths.levels
         if kind == self._kept(kind):
-            return Stored(tensors)
+            return Stored(tensors, key=key)
         if kind == "pooled":
-            return Stored(tuple(narrowed(tensor, levels, to=kind) for tensor in tensors))
-        return Stored(tensors, means_of=levels)
+            return Stored(tuple(narrowed(tensor, levels, to=kind) for tensor in tensors), key=key)
+        return Stored(tensors, means_of=levels, key=key)
 
     def _part(self, split: str, kind: Kind, *, mirror: bool) -> np.ndarray:
         """The features of a split, in half precision where that is as good.
@@ -178,6 +183,14 @@ class FeatureSource:
         self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form, mirror: bool
     ) -> Path:
         """Where the array lies: its name is a hash of all that decides its contents."""
+        # Which images follows from splits and form; a plugin's facts may hold lists, which have no hash.
+        key = ("features", str(self.facts), self.device.type, *splits, kind, form, mirror)
+        name = self.dataset.once(key, lambda: self._name(splits, kind, indices, form, mirror))
+        return Path(self.spec.cache, "features", name)
+
+    def _name(
+        self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form, mirror: bool
+    ) -> str:
         facts = self.facts
         items = [item for split in splits for item in self.dataset.part(split)]
         key = contents(
@@ -187,7 +200,7 @@ class FeatureSource:
             levels=facts.widths.levels if kind == GRID else (), form=form,
             **({"mirror": True} if mirror else {}),
         )  # fmt: skip
-        return Path(self.spec.cache, "features", f"{key}.npy")
+        return f"{key}.npy"
 
 
 def sample_indices(count: int) -> list[int]:

@@ -49,7 +49,7 @@ def _train_head(trial: Trial) -> tuple[Fitted, float]:
     valid = trial.source.features([spec.evaluate_on], readout.kind)
     trial.initialise(readout, train)
     readout.to(trial.device)
-    rows = [Rows(features, readout.norm, trial.device) for features in (train, valid)]
+    rows = [trial.rows(readout, features, of=train) for features in (train, valid)]
     best, train_loss = _epochs(readout, trial, *rows)
     winner, claimed = best.winner, spec.prove_above
     is_claim = trial.selects and claimed is not None and winner.score >= claimed

@@ -12,6 +12,7 @@ import torch
 from tlauto.training.axes import Axes, principal_axes
 from tlauto.training.lbfgs import HISTORY, minimise
 from tlauto.training.rows import BLOCK, Rows
+from tlauto.training.threads import threads_for
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -39,6 +40,7 @@ class Problem:
         loss: mean loss of (outputs (n, K), targets of the same rows).
         output: from raw logits (n, K) to what `loss` reads.
         num_outputs: K.
+        axes: `principal_axes(features)`, found when they are needed unless they are given.
     """
 
     features: Rows
@@ -46,6 +48,7 @@ class Problem:
     loss: Loss
     output: Callable[[torch.Tensor], torch.Tensor]
     num_outputs: int
+    axes: Axes | None = None
 
     def solve(
         self,
@@ -65,17 +68,18 @@ class Problem:
             start: heads (B, D + 1, K) to start from, zeros by default.
         """
         axes = self._axes
-        if start is not None:
-            start = torch.cat([axes.inwards(start[:, :-1]), start[:, -1:]], dim=1)
-        kept = 2 * HISTORY * (axes.rows.shape[1] + 1) * self.num_outputs
-        together = max(1, TOGETHER // kept)
-        parts = []
-        for first in range(0, len(penalties), together):
-            some = slice(first, first + together)
-            begin = None if start is None else start[some]
-            parts.append(self._solve(list(penalties[some]), list(rows[some]), tolerance, begin))
-        heads = torch.cat(parts)
-        return torch.cat([axes.outwards(heads[:, :-1]), heads[:, -1:]], dim=1)
+        count, width = axes.rows.shape
+        together = max(1, TOGETHER // (2 * HISTORY * (width + 1) * self.num_outputs))
+        with threads_for(count * width * self.num_outputs * min(together, len(penalties))):
+            if start is not None:
+                start = torch.cat([axes.inwards(start[:, :-1]), start[:, -1:]], dim=1)
+            parts = []
+            for first in range(0, len(penalties), together):
+                some = slice(first, first + together)
+                begin = None if start is None else start[some]
+                parts.append(self._solve(list(penalties[some]), list(rows[some]), tolerance, begin))
+            heads = torch.cat(parts)
+            return torch.cat([axes.outwards(heads[:, :-1]), heads[:, -1:]], dim=1)
 
     def answers(self, head: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Outputs (n, K) of one head (D + 1, K) for some rows."""
@@ -90,7 +94,7 @@ class Problem:
 
     @cached_property
     def _axes(self) -> Axes:
-        return principal_axes(self.features)
+        return self.axes or principal_axes(self.features)
 
     def _solve(
         self,

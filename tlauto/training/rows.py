@@ -39,8 +39,20 @@ class Rows:
             limit = IN_MEMORY if device.type == "cpu" else ON_DEVICE
         self.device, self.norm, self.shape = device, norm, features.shape
         is_small = 4 * len(features) * features.row_numbers <= limit
-        self.features = features
         self.whole = norm(features.tensor().to(device)) if is_small else None
+        # Not those that are in memory now: who keeps these rows is not to hold on to a file of the cache.
+        self._features = None if is_small else features
+
+    @property
+    def bytes(self) -> int | None:
+        """Of memory that they take; None when they are mapped."""
+        return None if self.whole is None else self.whole.nbytes
+
+    @property
+    def features(self) -> Stored:
+        """Where they are read from, when they are not in memory."""
+        assert self._features is not None
+        return self._features
 
     def __len__(self) -> int:
         return self.shape[0]

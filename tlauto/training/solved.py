@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from tlauto.errors import TrialError
+from tlauto.training.axes import principal_axes
+from tlauto.training.kept import kept
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
 from tlauto.training.model import GRID, LEVELS, Kind, Readout
-from tlauto.training.rows import Rows
 from tlauto.training.stored import Stored
+from tlauto.training.threads import threads_for
 from tlauto.training.trial import Fitted, Trial
 
 ALONE = 1e-2
@@ -73,8 +75,11 @@ class _Solving:
     @cached_property
     def problem(self) -> Problem:
         trial = self.trial
-        rows = Rows(self.train, self.readout.norm, trial.device)
-        return Problem(rows, self.targets, trial.loss, self.readout.output, trial.num_outputs)
+        rows = trial.rows(self.readout, self.train, of=self.train)
+        is_measured = trial.spec.init_head is None and self.train.key
+        key = ("axes", self.train.key) if is_measured else None
+        axes = kept(key, lambda: principal_axes(rows), lambda found: found.bytes)
+        return Problem(rows, self.targets, trial.loss, self.readout.output, trial.num_outputs, axes)
 
     def state(self, found: CrossValidated) -> dict[str, torch.Tensor]:
         """The readout's tensors with the optimum for the penalty that was found."""
@@ -102,9 +107,9 @@ class _Solving:
         """The head for a penalty, evaluated, and its mean training loss."""
         trial, head = self.trial, self.solve(penalty, found)
         features = trial.source.features([trial.spec.evaluate_on], self.kind)
-        valid = Rows(features, self.readout.norm, trial.device)
+        valid = trial.rows(self.readout, features, of=self.train)
         everything = torch.arange(len(self.train), device=trial.device)
-        with torch.no_grad():
+        with torch.no_grad(), threads_for(self.train.shape[0] * self.train.shape[1] * trial.num_outputs):
             batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
             logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
             train_loss = self.problem.mean_loss(self.problem.answers(head, everything))

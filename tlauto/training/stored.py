@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,13 @@ class Stored:
     Attributes:
         parts: of equal rows, mapped from the cache or in memory, in half or full precision.
         means_of: levels that the parts hold all cells of, to be read as the mean of each; or none.
+        key: what these numbers follow from, the same in every trial that reads them; None when nothing
+            is to be kept of them between trials.
     """
 
     parts: tuple[torch.Tensor, ...]
     means_of: tuple[Level, ...] = ()
+    key: Hashable = None
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)

@@ -16,8 +16,10 @@ from tlauto.errors import Diverged, TrialError
 from tlauto.plugins import Registry
 from tlauto.training.checkpoint import start_from
 from tlauto.training.features import FeatureSource, sample_indices
+from tlauto.training.kept import kept
 from tlauto.training.model import GRID, LEVELS, Kind, Readout, build_readout
 from tlauto.training.params import Settings, read
+from tlauto.training.rows import Rows
 from tlauto.training.stored import Stored
 from tlauto.training.tasks import find_task
 
@@ -67,8 +69,25 @@ class Trial:
         if self.task.name == "regression":
             readout.output.measure(torch.from_numpy(self.train_targets))
         init = self.spec.init_head
-        if init is None or not start_from(readout, Path(init), self.spec):
+        if init is not None and start_from(readout, Path(init), self.spec):
+            return
+
+        def measured() -> Mapping[str, torch.Tensor]:
             readout.norm.measure(train.take(torch.tensor(sample_indices(len(train)))))
+            return {name: tensor.clone() for name, tensor in readout.norm.state_dict().items()}
+
+        key = train.key and ("norm", train.key)
+        readout.norm.load_state_dict(kept(key, measured, lambda state: sum(t.nbytes for t in state.values())))
+
+    def rows(self, readout: Readout, features: Stored, *, of: Stored) -> Rows:
+        """Features scaled for a readout on the trial's device.
+
+        Args:
+            of: those that the readout was initialised with.
+        """
+        is_measured = self.spec.init_head is None and of.key and features.key
+        key = ("rows", of.key, features.key) if is_measured else None
+        return kept(key, lambda: Rows(features, readout.norm, self.device), lambda rows: rows.bytes)
 
     @property
     def selects(self) -> bool:
