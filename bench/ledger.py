@@ -1,0 +1,186 @@
+"""What stands in a study's database, read with plain SQL and without tlauto, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UNCOUNTED = ("interrupted", "out of time")
+"""Kinds of failures that are no result of a trial."""
+
+LOST, DOUBLE, MISSED = "chaos_lost", "chaos_double", "chaos_totals_missed"
+
+Fault = tuple[str, str]
+"""The figure that a fault counts in, and a sentence on it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as Optuna's tables and tlauto's have it.
+
+    Attributes:
+        result: what the worker answered, as JSON; None without an answer.
+    """
+
+    number: int
+    state: str
+    score: float | None
+    params: Mapping[str, float]
+    attrs: Mapping[str, Any]
+    result: str | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in ("WAITING", "RUNNING")
+
+    @property
+    def has_score(self) -> bool:
+        return self.state in ("COMPLETE", "PRUNED")
+
+    @property
+    def course(self) -> tuple[object, ...]:
+        """What may never change again once the trial has ended."""
+        result = self.result if self.has_score else None
+        return self.state, self.score, dict(self.params), dict(self.attrs), result
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """One study in a database.
+
+    Args:
+        storage: the SQLite file, or a URL of PostgreSQL as tlauto takes it.
+    """
+
+    storage: str
+    study: str
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Rows of a query whose parameters are written `?`; none before its tables are there."""
+        if self.storage.startswith("postgresql"):
+            return _postgres_rows(self.storage, query, values)
+        if not Path(self.storage).exists():
+            return []
+        with closing(sqlite3.connect(f"file:{self.storage}?mode=ro", uri=True, timeout=60)) as connection:
+            try:
+                return connection.execute(query, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if "no such table" in str(error):
+                    return []
+                raise
+
+    def trials(self) -> dict[int, Trial]:
+        """All trials by number."""
+        of_study = "FROM trials t JOIN studies s USING (study_id) {} WHERE s.study_name = ?"
+        values = of_study.format("LEFT JOIN trial_values v USING (trial_id)")
+        found = self.rows(f"SELECT t.trial_id, t.number, t.state, v.value {values}", self.study)
+        params, attrs = {key: {} for key, *_ in found}, {key: {} for key, *_ in found}  # type: Any, Any
+        named = "SELECT t.trial_id, x.param_name, x.param_value "
+        for key, name, value in self._of(named, of_study, "trial_params"):
+            params.setdefault(key, {})[name] = value
+        noted = "SELECT t.trial_id, x.key, x.value_json "
+        for key, name, value in self._of(noted, of_study, "trial_user_attributes"):
+            attrs.setdefault(key, {})[name] = json.loads(value)
+        results = dict(self.rows("SELECT number, result FROM tlauto_trials WHERE study = ?", self.study))
+        return {
+            number: Trial(number, state, score, params[key], attrs[key], results.get(number))
+            for key, number, state, score in found
+        }
+
+    def _of(self, what: str, of_study: str, table: str) -> list[tuple[Any, ...]]:
+        return self.rows(what + of_study.format(f"JOIN {table} x USING (trial_id)"), self.study)
+
+    def epochs(self) -> int:
+        """Epochs that were recorded."""
+        found = self.rows("SELECT COUNT(*) FROM tlauto_epochs WHERE study = ?", self.study)
+        return int(found[0][0]) if found else 0
+
+    def search(self) -> tuple[str | None, int | None]:
+        """The search's state and the process that has it."""
+        found = self.rows("SELECT state, pid FROM tlauto_searches WHERE study = ?", self.study)
+        return found[0] if found else (None, None)
+
+    def models(self) -> list[tuple[str, str]]:
+        """Folder of each model that was recorded, and the part it was measured on; the newest first."""
+        return self.rows(
+            "SELECT folder, evaluated_on FROM tlauto_models WHERE study = ? ORDER BY id DESC", self.study
+        )
+
+
+def _postgres_rows(url: str, query: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
+    import psycopg
+
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        try:
+            return connection.execute(query.replace("?", "%s"), values).fetchall()
+        except psycopg.errors.UndefinedTable:
+            return []
+
+
+def counted(trials: Mapping[int, Trial]) -> list[Trial]:
+    """Trials that ended by themselves and were not tried again."""
+    again = {trial.attrs.get("retry_of") for trial in trials.values()}
+    return [
+        t for t in trials.values()
+        if t.has_ended and t.attrs.get("error_kind") not in UNCOUNTED and t.number not in again
+    ]  # fmt: skip
+
+
+def changes(before: Mapping[int, Trial], now: Mapping[int, Trial]) -> list[Fault]:
+    """Trials that had ended before and are not there now, or are not as they were."""
+    found = []
+    for number, trial in before.items():
+        if not trial.has_ended:
+            continue
+        if number not in now:
+            found.append((LOST, f"trial {number} had ended and is gone"))
+        elif now[number].course != trial.course:
+            found.append((LOST, f"trial {number} was {trial.course} and is {now[number].course}"))
+    return found
+
+
+def faults(trials: Mapping[int, Trial], *, total: int, first: Mapping[str, int]) -> list[Fault]:
+    """What is wrong with the trials of a search that has ended by itself.
+
+    Args:
+        total: trials that were asked for.
+        first: trials that every such search begins with, by their purpose.
+    """
+    there = len(counted(trials))
+    found: list[Fault] = []
+    if there > total:
+        found.append((DOUBLE, f"{there} trials count, {total} were asked for"))
+    if there < total:
+        found.append((MISSED, f"{there} trials count, {total} were asked for"))
+    for number, trial in trials.items():
+        if trial.has_score and not trial.result:
+            found.append((LOST, f"trial {number} has a score and no result"))
+        if trial.state == "RUNNING":
+            found.append((LOST, f"trial {number} is said to run still"))
+    return found + _repeated(trials) + _first(trials, first)
+
+
+def _repeated(trials: Mapping[int, Trial]) -> list[Fault]:
+    """Trials that were run again though they had a result, or more than once for one end."""
+    of = [t.attrs["retry_of"] for t in trials.values() if "retry_of" in t.attrs]
+    twice = [(DOUBLE, f"trial {n} was tried again {k} times") for n, k in Counter(of).items() if k > 1]
+    had = [n for n in set(of) if n in trials and (trials[n].result or trials[n].has_score)]
+    return twice + [(DOUBLE, f"trial {n} had a result and was run again") for n in had]
+
+
+def _first(trials: Mapping[int, Trial], first: Mapping[str, int]) -> list[Fault]:
+    """Probes and default recipe: each once, whatever happened while they were proposed."""
+    own = [t for t in trials.values() if "retry_of" not in t.attrs]
+    there = Counter(t.attrs.get("purpose") for t in own)
+    found = []
+    for purpose, number in first.items():
+        if there[purpose] != number:
+            name = DOUBLE if there[purpose] > number else MISSED
+            found.append((name, f"{there[purpose]} trials of purpose '{purpose}', {number} expected"))
+    return found
