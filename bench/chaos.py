@@ -42,8 +42,11 @@ from ledger import DOUBLE, LOST, MISSED, Fault, changes, faults
 from searches import BACKBONES, LONGEST_S, Search, environment, gone_after, marked, send, write_images
 
 TRIALS = 8
-FIRST = {"probe": 2, "default": 1}
-"""Trials that each search begins with."""
+FIRST = {
+    "probe": [(name, "feature_extraction", "linear") for name in BACKBONES],
+    "default": [(BACKBONES[0], "partial", "linear")],
+}
+"""What each search begins with."""
 
 STARTS = 6
 """Starts of the same command that a round may take."""
@@ -129,8 +132,8 @@ class Chaos:
         cache = folder / "cache" if chance.random() < 0.3 else self.folder / "cache"
         options = (
             "--trials", str(TRIALS), "--preset", "fast", "--ensemble", str(chance.choice((1, 1, 2))),
-            "--backbones", BACKBONES, "--strategies", "feature_extraction,partial", "--heads", "linear,mlp",
-            "--workers", str(chance.choice((1, 1, 2))),
+            "--backbones", ",".join(BACKBONES), "--strategies", "feature_extraction,partial",
+            "--heads", "linear,mlp", "--workers", str(chance.choice((1, 1, 2))),
         )  # fmt: skip
         silence = {"TLAUTO_SILENCE": str(blow.silence_s), "PYTHONFAULTHANDLER": "1"}
         search = Search(folder, self.folder / "images", options, env={**environment(cache), **silence})

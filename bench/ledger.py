@@ -26,6 +26,7 @@ class Trial:
 
     Attributes:
         result: what the worker answered, as JSON; None without an answer.
+        point: backbone, strategy and head that it was handed out with; None if it never was.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Trial:
     params: Mapping[str, float]
     attrs: Mapping[str, Any]
     result: str | None
+    point: tuple[str, str, str] | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -87,9 +89,10 @@ class Ledger:
         noted = "SELECT t.trial_id, x.key, x.value_json "
         for key, name, value in self._of(noted, of_study, "trial_user_attributes"):
             attrs.setdefault(key, {})[name] = json.loads(value)
-        results = dict(self.rows("SELECT number, result FROM tlauto_trials WHERE study = ?", self.study))
+        rows = self.rows("SELECT number, result, spec FROM tlauto_trials WHERE study = ?", self.study)
+        handed = {number: (result, _point(json.loads(spec))) for number, result, spec in rows}
         return {
-            number: Trial(number, state, score, params[key], attrs[key], results.get(number))
+            number: Trial(number, state, score, params[key], attrs[key], *handed.get(number, (None, None)))
             for key, number, state, score in found
         }
 
@@ -111,6 +114,10 @@ class Ledger:
         return self.rows(
             "SELECT folder, evaluated_on FROM tlauto_models WHERE study = ? ORDER BY id DESC", self.study
         )
+
+
+def _point(spec: Mapping[str, Any]) -> tuple[str, str, str]:
+    return spec["backbone"], spec["strategy"], spec["head"]
 
 
 def _postgres_rows(url: str, query: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
@@ -145,19 +152,19 @@ def changes(before: Mapping[int, Trial], now: Mapping[int, Trial]) -> list[Fault
     return found
 
 
-def faults(trials: Mapping[int, Trial], *, total: int, first: Mapping[str, int]) -> list[Fault]:
+def faults(
+    trials: Mapping[int, Trial], *, total: int, first: Mapping[str, Sequence[tuple[str, str, str]]]
+) -> list[Fault]:
     """What is wrong with the trials of a search that has ended by itself.
 
     Args:
         total: trials that were asked for.
-        first: trials that every such search begins with, by their purpose.
+        first: points that every such search begins with, by their purpose.
     """
     there = len(counted(trials))
     found: list[Fault] = []
-    if there > total:
-        found.append((DOUBLE, f"{there} trials count, {total} were asked for"))
-    if there < total:
-        found.append((MISSED, f"{there} trials count, {total} were asked for"))
+    if there != total:
+        found.append((DOUBLE if there > total else MISSED, f"{there} trials count, {total} were asked for"))
     for number, trial in trials.items():
         if trial.has_score and not trial.result:
             found.append((LOST, f"trial {number} has a score and no result"))
@@ -174,13 +181,12 @@ def _repeated(trials: Mapping[int, Trial]) -> list[Fault]:
     return twice + [(DOUBLE, f"trial {n} had a result and was run again") for n in had]
 
 
-def _first(trials: Mapping[int, Trial], first: Mapping[str, int]) -> list[Fault]:
-    """Probes and default recipe: each once, whatever happened while they were proposed."""
-    own = [t for t in trials.values() if "retry_of" not in t.attrs]
-    there = Counter(t.attrs.get("purpose") for t in own)
+def _first(trials: Mapping[int, Trial], first: Mapping[str, Sequence[tuple[str, str, str]]]) -> list[Fault]:
+    """Probes and default recipe: each counts once, whatever happened while they were proposed."""
     found = []
-    for purpose, number in first.items():
-        if there[purpose] != number:
-            name = DOUBLE if there[purpose] > number else MISSED
-            found.append((name, f"{there[purpose]} trials of purpose '{purpose}', {number} expected"))
+    for purpose, points in first.items():
+        there = [t.point for t in counted(trials) if t.attrs.get("purpose") == purpose]
+        if Counter(there) != Counter(points):
+            name = DOUBLE if len(there) > len(points) else MISSED
+            found.append((name, f"the trials of purpose '{purpose}' are {there}, not {list(points)}"))
     return found

@@ -19,7 +19,7 @@ from PIL import Image
 MARK = "BENCH_SEARCH"
 """Variable by which the processes of a search are known; whatever it starts inherits it."""
 
-BACKBONES = "timm:test_resnet.r160_in1k,timm:test_vit.r160_in1k"
+BACKBONES = ("timm:test_resnet.r160_in1k", "timm:test_vit.r160_in1k")
 """Networks of half a million parameters."""
 
 LONGEST_S = 240.0

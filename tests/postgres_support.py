@@ -15,6 +15,6 @@ __all__ = ["PASSWORD", "USER", "Server", "postgres"]
 def postgres() -> Iterator[Server]:
     """A running server; the test is skipped where PostgreSQL is not installed."""
     if not is_installed():
-        pytest.skip("PostgreSQL (initdb, pg_ctl) is neither on PATH nor in /usr/lib/postgresql/*/bin, or no psycopg")
+        pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed, or psycopg is not")
     with running_server() as server:
         yield server
