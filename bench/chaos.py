@@ -172,7 +172,7 @@ def _play(round: Round, blows: list[Blow], chance: random.Random) -> str:
         now = search.ledger.trials()
         round.faults += changes(seen, now)
         seen |= now
-        if code == 0:
+        if code == 0 and not search.has_said("the refit failed"):
             break
     if code == 0:
         round.faults += faults(seen, total=TRIALS, first=FIRST) + _at_end(search)

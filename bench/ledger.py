@@ -182,10 +182,18 @@ def _repeated(trials: Mapping[int, Trial]) -> list[Fault]:
 
 
 def _first(trials: Mapping[int, Trial], first: Mapping[str, Sequence[tuple[str, str, str]]]) -> list[Fault]:
-    """Probes and default recipe: each counts once, whatever happened while they were proposed."""
+    """Probes and default recipe: each counts once, whatever happened while they were proposed.
+
+    One that was interrupted twice is not tried a third time: it may be what takes the machine down.
+    """
+    again = {trial.attrs.get("retry_of") for trial in trials.values()}
+    given_up = [
+        trials[t.attrs["retry_of"]] for t in trials.values()
+        if "retry_of" in t.attrs and t.attrs.get("error_kind") in UNCOUNTED and t.number not in again
+    ]  # fmt: skip
     found = []
     for purpose, points in first.items():
-        there = [t.point for t in counted(trials) if t.attrs.get("purpose") == purpose]
+        there = [t.point for t in (*counted(trials), *given_up) if t.attrs.get("purpose") == purpose]
         if Counter(there) != Counter(points):
             name = DOUBLE if len(there) > len(points) else MISSED
             found.append((name, f"the trials of purpose '{purpose}' are {there}, not {list(points)}"))

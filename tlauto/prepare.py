@@ -302,8 +302,7 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
     store.update_config(name, dataclasses.replace(config, study=name, new=False).to_json())
     study = Study(store.url, name, seed=config.seed, create=True)
     with study.explaining():
-        if not study.trials():
-            propose_first(study, plan)
+        propose_first(study, plan)
         rows = store.trials(name)
         for number in study.requeue_interrupted():
             if number in rows:
@@ -312,8 +311,11 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
 
 
 def propose_first(study: Study, plan: Plan) -> None:
-    """Propose the points that a new study begins with."""
-    for params, purpose in plan.first_points(plan.config.max_trials):
+    """Propose the points that a study begins with, those that are missing while none has begun."""
+    there = study.trials()
+    if any(trial.state != "waiting" for trial in there):
+        return
+    for params, purpose in plan.first_points(plan.config.max_trials)[len(there) :]:
         study.enqueue(without_fixed(params, plan.space), purpose=purpose)
 
 
