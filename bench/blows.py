@@ -239,7 +239,7 @@ BLOWS = (
     Blow(kill_dashboard, ("trials", "epoch", "refit")),
     Blow(two_at_once, ("start",)),
     Blow(kill_workers, ("trials", "epoch", "bundle", "refit")),
-    Blow(starve_coordinator, ("start", "check", "trials", "epoch", "refit")),
+    Blow(starve_coordinator, ("check", "trials", "epoch", "refit")),
     Blow(stop_worker, ("trials", "epoch", "refit"), silence_s=SILENCE_S),
     Blow(interrupt_twice),
     # The loss of a node of a Ray cluster belongs here as soon as trials can run on one.

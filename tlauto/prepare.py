@@ -102,10 +102,12 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         if not stored:
             _create(store, name, plan, dataset, report, infos)
         study = _open_study(store, name, plan)
+        session = Session(config, name, store, study, dataset, infos, plan, pool)
         undo.pop_all()
-    _write_dataset(plan, dataset)
-    session = Session(config, name, store, study, dataset, infos, plan, pool)
-    _announce(session, why, emit)
+        undo.callback(session.close, state="interrupted")
+        _write_dataset(plan, dataset)
+        _announce(session, why, emit)
+        undo.pop_all()
     return session
 
 
