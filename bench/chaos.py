@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ from pathlib import Path
 import postgres_server
 from blows import AGAIN, BLOWS, Blow, Round, mount, unmount
 from ledger import DOUBLE, LOST, MISSED, Fault, changes, faults
+from moments import MOMENTS, wait_for_moment
 from searches import BACKBONES, LONGEST_S, Search, environment, gone_after, marked, send, write_images
 
 TRIALS = 8
@@ -57,28 +58,9 @@ LEFT_S = 10.0
 ORPHANS = "chaos_orphans"
 FIGURES = (LOST, DOUBLE, ORPHANS, MISSED)
 QUICK_S = 220.0
-WRITES = 140
-"""Commits of such a search, about."""
-
 TRACEBACK = "Traceback (most recent call last)"
 OURS = "in main\n"
 """Stands in a traceback unless Python itself, or the import of the command line, was interrupted."""
-
-
-def _says(pattern: str) -> Callable[[Search], bool]:
-    return lambda search: search.has_said(pattern)
-
-
-MOMENTS: dict[str, tuple[Callable[[Search], bool], float]] = {
-    "start": (lambda search: True, 3.0),
-    "check": (_says("checking backbones"), 5.0),
-    "trials": (_says("trial score"), 5.0),
-    "epoch": (lambda search: any(search.runs.glob("*/trials/*/state.safetensors")), 2.0),
-    "bundle": (lambda search: any(search.runs.glob("*/.model-*.new")), 0.2),
-    "refit": (_says("refit of"), 2.0),
-}
-"""When something happens: what is waited for, and up to how many seconds later. `write` is another
-one: right after one of the first `WRITES` commits to an SQLite file."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +143,7 @@ def _play(round: Round, blows: list[Blow], chance: random.Random) -> str:
         blow = blows.pop(0) if blows else None
         search.start()
         if blow:
-            moment, is_on = wait_for_moment(search, blow, chance)
+            moment, is_on = wait_for_moment(search, blow.moments or ("write", *MOMENTS), chance)
             struck.append(f"{blow.name} {moment}" + ("" if is_on else " (over)"))
             if is_on:
                 blow.strike(round, chance)
@@ -181,36 +163,6 @@ def _play(round: Round, blows: list[Blow], chance: random.Random) -> str:
             (MISSED, f"after {STARTS} starts the exit code is {code}: {search.said()[-300:]}")
         )
     return ", ".join(struck)
-
-
-def wait_for_moment(search: Search, blow: Blow, chance: random.Random) -> tuple[str, bool]:
-    """Wait for a moment that suits a blow. Returns: which one, and whether the search still runs then."""
-    name = chance.choice(blow.moments or ("write", *MOMENTS))
-    if name == "write" and search.storage is None:
-        commit = chance.randint(1, WRITES)
-        return f"write {commit}", _wait_for_commit(search, commit)
-    what, most = MOMENTS.get(name, MOMENTS["trials"])
-    delay = chance.uniform(0, most)
-    moment = f"{name}+{delay:.2f}"
-    while not what(search):
-        if not search.is_running():
-            return moment, False
-        time.sleep(0.002 if name == "bundle" else 0.02)
-    time.sleep(delay)
-    return moment, search.is_running()
-
-
-def _wait_for_commit(search: Search, commit: int) -> bool:
-    file, last, seen = search.runs / "tlauto.db-wal", None, 0
-    while search.is_running():
-        with contextlib.suppress(OSError):
-            status = file.stat()
-            now = status.st_size, status.st_mtime_ns
-            seen, last = seen + (now != last), now
-        if seen >= commit:
-            return True
-        time.sleep(0.0003)
-    return False
 
 
 def _look_at_end(round: Round, code: int | None) -> None:

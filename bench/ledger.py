@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sqlite3
 from collections import Counter
@@ -99,10 +100,33 @@ class Ledger:
     def _of(self, what: str, of_study: str, table: str) -> list[tuple[Any, ...]]:
         return self.rows(what + of_study.format(f"JOIN {table} x USING (trial_id)"), self.study)
 
-    def epochs(self) -> int:
-        """Epochs that were recorded."""
-        found = self.rows("SELECT COUNT(*) FROM tlauto_epochs WHERE study = ?", self.study)
-        return int(found[0][0]) if found else 0
+    def epochs(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """Score and seconds of each epoch by the trial's number and its own."""
+        found = self.rows(
+            "SELECT number, epoch, score, seconds FROM tlauto_epochs WHERE study = ? ORDER BY number, epoch",
+            self.study,
+        )
+        return {(number, epoch): (score, seconds) for number, epoch, score, seconds in found}
+
+    def running(self) -> dict[int, int]:
+        """The last epoch of each trial that is said to run; 0 before its first."""
+        at = dict(self.epochs())  # the last one of each counts
+        return {n: at.get(n, 0) for n, trial in self.trials().items() if trial.state == "RUNNING"}
+
+    def retries(self) -> dict[int, int]:
+        """The trial that goes on from another, by the other's number."""
+        trials = self.trials().values()
+        return {t.attrs["retry_of"]: t.number for t in trials if "retry_of" in t.attrs}
+
+    def trial_seconds(self) -> float:
+        """From the start of the first trial to the end of the last one."""
+        ((first, last),) = self.rows(
+            "SELECT MIN(t.datetime_start), MAX(t.datetime_complete) "
+            "FROM trials t JOIN studies s USING (study_id) WHERE s.study_name = ?",
+            self.study,
+        )
+        start, end = (datetime.datetime.fromisoformat(str(when)) for when in (first, last))
+        return (end - start).total_seconds()
 
     def search(self) -> tuple[str | None, int | None]:
         """The search's state and the process that has it."""
