@@ -31,10 +31,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import postgres_server
 from blows import AGAIN, BLOWS, Blow, Round, mount, unmount
@@ -221,27 +221,29 @@ def main() -> None:
     def play(number: int) -> Outcome | None:
         return chaos.play(number + args.first) if time.monotonic() < until else None
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind either
-    with _nothing_left(folder), chaos.servers, ThreadPoolExecutor(args.parallel) as pool:
-        for outcome in pool.map(play, numbers):
-            if outcome is None:
-                continue
-            print(outcome.line, flush=True)
-            for name, what in outcome.faults:
-                print(f"      {name}: {what}", file=sys.stderr, flush=True)
-            totals.update(["rounds", *_counted(outcome.faults)])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with chaos.servers, ThreadPoolExecutor(args.parallel) as pool:
+        try:
+            for outcome in pool.map(play, numbers):
+                if outcome is None:
+                    continue
+                print(outcome.line, flush=True)
+                for name, what in outcome.faults:
+                    print(f"      {name}: {what}", file=sys.stderr, flush=True)
+                totals.update(["rounds", *_counted(outcome.faults)])
+        except KeyboardInterrupt:
+            _leave_nothing(chaos)
     if not sum(totals[name] for name in FIGURES) and not args.folder:
         shutil.rmtree(folder)
     print(json.dumps({**{name: totals[name] for name in FIGURES}, "rounds": totals["rounds"]}))
 
 
-@contextlib.contextmanager
-def _nothing_left(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for pid in marked(str(folder)):
-            send(pid, signal.SIGKILL)
+def _leave_nothing(chaos: Chaos) -> NoReturn:
+    """End in the middle of the rounds, with all that they started."""
+    for pid in marked(str(chaos.folder)):
+        send(pid, signal.SIGKILL)
+    chaos.servers.close()
+    os._exit(130)
 
 
 def _counted(found: list[Fault]) -> list[str]:
