@@ -1,336 +1,269 @@
-"""Kill a real search at random moments, in random ways, and look whether anything is lost.
+"""Strike a real search at random moments, in random ways, and look whether anything is lost.
 
     python bench/chaos.py --rounds 200
     python bench/chaos.py --quick
+    python bench/chaos.py --only-round 17 --seed 0
 
 A round is a new study over the same small images: `tlauto search` runs until something happens to it
-(`EVENTS`), is started again with the same command, and must then reach its total. What is in the
-database is read with sqlite3 alone, before and after. Counted: trials that were complete before and are
-not, or have another score (`chaos_lost`); trials above the total (`chaos_double`); processes of the
-search that are left two seconds after its end (`chaos_orphans`); rounds whose total was missed, or that
-ended in a traceback (`chaos_totals_missed`). The last line of standard output is one JSON object.
+(`blows.py`), sometimes a second time when it goes on, and the same command must then reach its total.
+The database is read with plain SQL (`ledger.py`), the processes in /proc. Counted: trials that had
+ended and are gone or changed, or were left unfinished (`chaos_lost`); trials above the total, or run
+again though they had a result (`chaos_double`); processes of the search that outlive it by more than
+`LEFT_S` (`chaos_orphans`); rounds whose total was missed, or with a traceback, an unexpected exit code
+or no whole model at their end (`chaos_totals_missed`). Every third round has its study on a PostgreSQL
+server, where one can be started. A round can be repeated by its number and seed, up to the timing of the
+machine; a failing one keeps its folder. Linux only. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import random
-import resource
+import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
-from PIL import Image
+import postgres_server
+from blows import AGAIN, BLOWS, Blow, Round, mount, unmount
+from ledger import DOUBLE, LOST, MISSED, Fault, changes, faults
+from moments import MOMENTS, wait_for_moment
+from searches import BACKBONES, LONGEST_S, Search, environment, gone_after, marked, send, write_images
 
 TRIALS = 8
-AGAIN = 4
+FIRST = {
+    "probe": [(name, "feature_extraction", "linear") for name in BACKBONES],
+    "default": [(BACKBONES[0], "partial", "linear")],
+}
+"""What each search begins with."""
+
+STARTS = 6
 """Starts of the same command that a round may take."""
 
-UNCOUNTED = ("interrupted", "out of time")
-ROOM = 64 * 1024
-"""Bytes that a search may still write, or allocate, when disk or memory is full."""
+LEFT_S = 10.0
+"""Seconds in which what a killed search leaves behind must have ended."""
+
+ORPHANS = "chaos_orphans"
+FIGURES = (LOST, DOUBLE, ORPHANS, MISSED)
+QUICK_S = 220.0
+TRACEBACK = "Traceback (most recent call last)"
+OURS = "in main\n"
+"""Stands in a traceback unless Python itself, or the import of the command line, was interrupted."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is to be said of a round."""
+
+    number: int
+    line: str
+    faults: list[Fault]
 
 
 @dataclass
-class Round:
-    """One study and what was done to it.
+class Chaos:
+    """What the rounds share. Each lane, of which several may run at once, has a server of its own."""
 
-    Attributes:
-        seen: score of each complete trial, by number, as read at any time.
-    """
-
-    study: str
     folder: Path
-    env: dict[str, str]
-    process: subprocess.Popen[bytes] | None = None
-    seen: dict[int, float] = field(default_factory=dict)
-    lost: int = 0
-    orphans: int = 0
-    output: str = ""
+    seed: int
+    can_mount: bool
+    lanes: threading.local = field(default_factory=threading.local)
+    servers: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    @property
-    def database(self) -> Path:
-        """The workspace's file."""
-        return self.folder / "runs" / "tlauto.db"
+    def play(self, number: int) -> Outcome:
+        """One round."""
+        chance = random.Random(f"{self.seed}/{number}")
+        blow = BLOWS[number % len(BLOWS)]
+        on_server = blow.storage == "postgres" or (blow.storage is None and number % 3 == 0)
+        server = self._server() if on_server else None
+        if blow.storage == "postgres" and server is None:
+            return Outcome(number, f"{number:>4}  {blow.name:<20} left out: no PostgreSQL here", [])
+        round, started = self._prepare(number, blow, server, chance), time.monotonic()
+        try:
+            when = _play(round, [blow, *([chance.choice(AGAIN)] if chance.random() < 0.4 else [])], chance)
+        finally:
+            if round.disk:
+                unmount(round.disk)
+        kept = f"; kept in {round.search.folder}" if round.faults else ""
+        if not round.faults:
+            shutil.rmtree(round.search.folder)
+        line = (
+            f"{number:>4}  seed {self.seed}  {'postgres' if server else 'sqlite':<9}{when:<60} "
+            f"{round.search.starts} starts {time.monotonic() - started:>5.1f} s  "
+            f"{', '.join(sorted({name for name, _ in round.faults})) or 'ok'}{kept}"
+        )
+        return Outcome(number, line, round.faults)
 
-    def start(self) -> None:
-        """Begin or go on."""
-        command = [
-            sys.executable, "-m", "tlauto", "search", "--data", "images", "--out", "runs",
-            "--study", self.study, "--trials", str(TRIALS), "--preset", "fast", "--cold", "--ensemble", "1",
-            "--backbones", "timm:test_resnet.r160_in1k", "--no-pretrained", "--offline",
-            "--devices", "cpu", "--workers", "2",
-        ]  # fmt: skip
-        log = (self.folder / f"{self.study}.log").open("ab")
-        with log:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+    def _prepare(
+        self, number: int, blow: Blow, server: postgres_server.Server | None, chance: random.Random
+    ) -> Round:
+        folder = self.folder / f"round-{number}"
+        folder.mkdir(parents=True)
+        cache = folder / "cache" if chance.random() < 0.3 else self.folder / "cache"
+        options = (
+            "--trials", str(TRIALS), "--preset", "fast", "--ensemble", str(chance.choice((1, 1, 2))),
+            "--backbones", ",".join(BACKBONES), "--strategies", "feature_extraction,partial",
+            "--heads", "linear,mlp", "--workers", str(chance.choice((1, 1, 2))),
+        )  # fmt: skip
+        silence = {"TLAUTO_SILENCE": str(blow.silence_s), "PYTHONFAULTHANDLER": "1"}
+        search = Search(folder, self.folder / "images", options, env={**environment(cache), **silence})
+        if server:
+            search.storage = server.make_database(f"round-{number}-{time.time_ns()}")
+        round = Round(search, server)
+        if blow.name == "fill_disk" and self.can_mount:
+            mount(search.runs)
+            round.disk = search.runs
+        return round
 
-    def look(self) -> None:
-        """Compare what is complete with what was before."""
-        now = complete_trials(self.database, self.study)
-        for number, score in self.seen.items():
-            self.lost += now.get(number) != score
-        self.seen |= now
-
-    def wait_for(self, moment: float) -> bool:
-        """Wait so many seconds after the first trial began. Returns: whether the search still runs."""
-        assert self.process is not None
-        until = None
-        while self.process.poll() is None:
-            if until is None and begun(self.database, self.study):
-                until = time.monotonic() + moment
-            if until is not None and time.monotonic() >= until:
-                return True
-            time.sleep(0.05)
-        return False
-
-
-def kill_coordinator(round: Round, chance: random.Random) -> None:
-    """The machine forgets the coordinator."""
-    assert round.process is not None
-    round.process.kill()
-
-
-def kill_worker(round: Round, chance: random.Random) -> None:
-    """A worker is killed, as by the system when memory is short; the search goes on."""
-    workers = of_search(round, "tlauto.worker")
-    if workers:
-        _signal(chance.choice(workers), signal.SIGKILL)
-
-
-def kill_all(round: Round, chance: random.Random) -> None:
-    """The power fails."""
-    for pid in of_search(round):
-        _signal(pid, signal.SIGKILL)
+    def _server(self) -> postgres_server.Server | None:
+        if not hasattr(self.lanes, "server"):
+            can = postgres_server.is_installed()
+            self.lanes.server = self.servers.enter_context(postgres_server.running_server()) if can else None
+        server: postgres_server.Server | None = self.lanes.server
+        return server
 
 
-def interrupt(round: Round, chance: random.Random) -> None:
-    """Ctrl-C."""
-    assert round.process is not None
-    round.process.send_signal(signal.SIGINT)
+def _play(round: Round, blows: list[Blow], chance: random.Random) -> str:
+    """Start the search until it is through, with a blow at each start. Returns: which ones, and when."""
+    search, seen, struck = round.search, {}, []  # type: Search, dict[int, object], list[str]
+    code: int | None = None
+    for _ in range(STARTS):
+        blow = blows.pop(0) if blows else None
+        search.start()
+        if blow:
+            moment, is_on = wait_for_moment(search, blow.moments or ("write", *MOMENTS), chance)
+            struck.append(f"{blow.name} {moment}" + ("" if is_on else " (over)"))
+            if is_on:
+                blow.strike(round, chance)
+        code = search.wait()
+        _look_at_end(round, code)
+        while round.undo:
+            round.undo.pop()()
+        now = search.ledger.trials()
+        round.faults += changes(seen, now)
+        seen |= now
+        if code == 0 and not search.has_said("the refit failed"):
+            break
+    if code == 0:
+        round.faults += faults(seen, total=TRIALS, first=FIRST) + _at_end(search)
+    else:
+        round.faults.append(
+            (MISSED, f"after {STARTS} starts the exit code is {code}: {search.said()[-300:]}")
+        )
+    return ", ".join(struck)
 
 
-def terminate(round: Round, chance: random.Random) -> None:
-    """A scheduler ends the job."""
-    assert round.process is not None
-    round.process.terminate()
+def _look_at_end(round: Round, code: int | None) -> None:
+    """What a start has left behind: processes, tracebacks, an exit code."""
+    search = round.search
+    _, left = gone_after(search.mark, LEFT_S)
+    for pid in left:
+        round.faults.append((ORPHANS, f"process {pid} of start {search.starts} is left"))
+        send(pid, signal.SIGKILL)
+    said = search.said()
+    if TRACEBACK in said and (OURS in said or "KeyboardInterrupt" not in said):
+        round.faults.append((MISSED, f"start {search.starts} ended in a traceback: {said[-600:]}"))
+    if code not in {0, 1, *round.codes}:
+        what = f"had to be killed after {LONGEST_S:.0f} s" if code is None else f"ended with code {code}"
+        round.faults.append((MISSED, f"start {search.starts} {what}: {said[-600:]}"))
+    if code == 1 and "error: " not in said:
+        round.faults.append(
+            (MISSED, f"start {search.starts} ended with code 1 and no sentence: {said[-300:]}")
+        )
+    round.codes.clear()
 
 
-def fill_disk(round: Round, chance: random.Random) -> None:
-    """The coordinator can write no file beyond what it is, as on a full disk."""
-    assert round.process is not None
-    size = round.database.stat().st_size if round.database.exists() else 0
-    _limit(round.process.pid, resource.RLIMIT_FSIZE, max(size // 4, ROOM))
-
-
-def take_memory(round: Round, chance: random.Random) -> None:
-    """A worker gets no more memory."""
-    workers = of_search(round, "tlauto.worker")
-    if workers:
-        pid = chance.choice(workers)
-        _limit(pid, resource.RLIMIT_AS, _address_space(pid) + ROOM)
-
-
-def kill_dashboard(round: Round, chance: random.Random) -> None:
-    """The dashboard reads beside the search, and is killed."""
-    dashboard = subprocess.Popen(
-        [sys.executable, "-m", "tlauto", "dashboard", "--out", "runs", "--port", "0"],
-        cwd=round.folder, env=round.env, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    time.sleep(chance.uniform(1, 6))
-    dashboard.kill()
-    dashboard.wait()
-
-
-EVENTS: tuple[Callable[[Round, random.Random], None], ...] = (
-    kill_coordinator, kill_worker, kill_all, interrupt, terminate, fill_disk, take_memory, kill_dashboard,
-)  # fmt: skip
+def _at_end(search: Search) -> list[Fault]:
+    """What is wrong with a search that says that it has finished, its trials aside."""
+    found: list[Fault] = []
+    if search.ledger.search() != ("finished", None):
+        found.append((MISSED, f"the search ended and is recorded as {search.ledger.search()}"))
+    if search.storage is None and (said := search.ledger.rows("PRAGMA integrity_check")) != [("ok",)]:
+        found.append((LOST, f"the database is damaged: {said}"))
+    models = search.ledger.models()
+    if not models or models[0][1] != "test":
+        return [*found, (MISSED, "no model was tested")]
+    folder = Path(models[0][0])
+    try:
+        about = json.loads((folder / "tlauto.json").read_text(encoding="utf-8"))
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        if digest != about["sha256"] or about["evaluated_on"] != "test":
+            found.append((MISSED, f"{folder} is not the model that was tested"))
+    except (OSError, ValueError, KeyError) as error:
+        found.append((MISSED, f"the model in {folder} is not whole: {error}"))
+    return found
 
 
 def main() -> None:
     args = parse()
-    totals = {"chaos_lost": 0, "chaos_double": 0, "chaos_orphans": 0, "chaos_totals_missed": 0}
-    with workspace(args.folder) as folder:
-        write_images(folder / "images")
-        for number in range(args.rounds):
-            chance = random.Random(f"{args.seed}/{number}")
-            event = EVENTS[number % len(EVENTS)]
-            found = play(f"round-{number}", folder, event, chance)
-            for name, count in found.items():
-                totals[name] += count
-            trouble = ", ".join(f"{name} {count}" for name, count in found.items() if count)
-            print(f"{number:>4}  {event.__name__:<17} {trouble or 'ok'}", flush=True)
-    print(json.dumps({**totals, "rounds": args.rounds, "cores": os.cpu_count()}))
-
-
-def play(
-    study: str, folder: Path, event: Callable[[Round, random.Random], None], chance: random.Random
-) -> dict[str, int]:
-    """One round. Returns: what went wrong, by name."""
-    env = {
-        **os.environ,
-        "TLAUTO_CACHE": str(folder / "cache"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TLAUTO_CHAOS": study,
-    }
-    round = Round(study, folder, env)
-    code = None
-    for attempt in range(AGAIN):
-        round.start()
-        if attempt == 0 and round.wait_for(chance.uniform(0, 4)):
-            round.look()
-            event(round, chance)
-        code = finish(round)
-        round.look()
-        if code == 0:
-            break
-    counted = counted_trials(round.database, study)
-    log = (folder / f"{study}.log").read_text(errors="replace")
-    missed = code != 0 or counted < TRIALS or "Traceback" in log
-    if missed:
-        print(f"      exit code {code}, {counted} of {TRIALS} trials:\n{log[-1500:]}", file=sys.stderr)
-    return {
-        "chaos_lost": round.lost, "chaos_double": max(0, counted - TRIALS), "chaos_orphans": round.orphans,
-        "chaos_totals_missed": int(missed),
-    }  # fmt: skip
-
-
-def finish(round: Round) -> int | None:
-    """Wait for the search's end; what is left of it two seconds later is counted and killed."""
-    assert round.process is not None
-    try:
-        code: int | None = round.process.wait(timeout=300)
-    except subprocess.TimeoutExpired:
-        round.process.kill()
-        code = None
-    deadline = time.monotonic() + 2
-    while (left := of_search(round)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    round.orphans += len(left)
-    for pid in left:
-        _signal(pid, signal.SIGKILL)
-    return code
-
-
-# --- the database, read without tlauto --------------------------------------------------------------
-
-
-def rows(database: Path, query: str, study: str) -> list[tuple[object, ...]]:
-    """Rows of a query about one study; none before its tables are there."""
-    if not database.exists():
-        return []
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)) as connection:
-        try:
-            return connection.execute(query, (study,)).fetchall()
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                return []
-            raise
-
-
-TRIALS_OF = "FROM trials t JOIN studies s USING (study_id) {} WHERE s.study_name = ?"
-
-
-def begun(database: Path, study: str) -> bool:
-    """Whether a trial is running or has ended."""
-    return bool(rows(database, f"SELECT 1 {TRIALS_OF.format('')} AND t.state != 'WAITING'", study))
-
-
-def complete_trials(database: Path, study: str) -> dict[int, float]:
-    """Score of each complete trial."""
-    query = f"SELECT t.number, v.value {TRIALS_OF.format('JOIN trial_values v USING (trial_id)')}"
-    found = rows(database, f"{query} AND t.state = 'COMPLETE'", study)
-    return {int(str(number)): float(str(value)) for number, value in found}
-
-
-def counted_trials(database: Path, study: str) -> int:
-    """Trials that ended by themselves and were not tried again."""
-    join = "JOIN trial_user_attributes a USING (trial_id)"
-    facts = rows(database, f"SELECT t.number, a.key, a.value_json {TRIALS_OF.format(join)}", study)
-    kinds = {number: json.loads(str(value)) for number, key, value in facts if key == "error_kind"}
-    again = {json.loads(str(value)) for _, key, value in facts if key == "retry_of"}
-    ended = rows(
-        database, f"SELECT t.number {TRIALS_OF.format('')} AND t.state NOT IN ('WAITING', 'RUNNING')", study
+    can_mount = _mounts_of_our_own()
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="tlauto-chaos-")).resolve()
+    write_images(folder / "images")
+    chaos, totals, until = (
+        Chaos(folder, args.seed, can_mount),
+        Counter[str](),
+        time.monotonic() + args.seconds,
     )
-    return sum(kinds.get(n) not in UNCOUNTED and n not in again for (n,) in ended)
+    numbers = range(args.rounds) if args.only_round is None else [args.only_round]
 
+    def play(number: int) -> Outcome | None:
+        return chaos.play(number + args.first) if time.monotonic() < until else None
 
-# --- processes --------------------------------------------------------------------------------------
-
-
-def of_search(round: Round, part: str = "") -> list[int]:
-    """Living processes that were started by a round's search, with `part` in their command (Linux)."""
-    found, mark = [], f"TLAUTO_CHAOS={round.study}\0".encode()
-    for entry in Path("/proc").iterdir():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with chaos.servers, ThreadPoolExecutor(args.parallel) as pool:
         try:
-            is_ours = entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0"
-            is_zombie = is_ours and (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-            if is_ours and not is_zombie and part.encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue  # it has just ended
-    return found
+            for outcome in pool.map(play, numbers):
+                if outcome is None:
+                    continue
+                print(outcome.line, flush=True)
+                for name, what in outcome.faults:
+                    print(f"      {name}: {what}", file=sys.stderr, flush=True)
+                totals.update(["rounds", *_counted(outcome.faults)])
+        except KeyboardInterrupt:
+            _leave_nothing(chaos)
+    if not sum(totals[name] for name in FIGURES) and not args.folder:
+        shutil.rmtree(folder)
+    print(json.dumps({**{name: totals[name] for name in FIGURES}, "rounds": totals["rounds"]}))
 
 
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+def _leave_nothing(chaos: Chaos) -> NoReturn:
+    """End in the middle of the rounds, with all that they started."""
+    for pid in marked(str(chaos.folder)):
+        send(pid, signal.SIGKILL)
+    chaos.servers.close()
+    os._exit(130)
 
 
-def _limit(pid: int, what: int, amount: int) -> None:
-    try:
-        resource.prlimit(pid, what, (amount, amount))
-    except ProcessLookupError:
-        return
+def _counted(found: list[Fault]) -> list[str]:
+    """Each fault's figure; a round misses its total once, whatever else is wrong with it."""
+    names = [name for name, _ in found]
+    return [name for name in names if name != MISSED] + [MISSED] * (MISSED in names)
 
 
-def _address_space(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
-        return resource.RLIM_INFINITY - ROOM
-
-
-# --- the workspace ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def workspace(folder: str | None) -> Iterator[Path]:
-    """A folder of the user's, or one that is deleted at the end."""
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        yield Path(folder).resolve()
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
-
-
-def write_images(folder: Path) -> None:
-    """Forty noisy images of two colours."""
-    chance = np.random.default_rng(0)
-    for channel in range(2):
-        (folder / f"colour{channel}").mkdir(parents=True, exist_ok=True)
-        for i in range(20):
-            pixels = chance.normal(120, 60, (48, 48, 3))
-            pixels[..., channel] += 25
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                folder / f"colour{channel}" / f"{i}.png"
-            )
+def _mounts_of_our_own() -> bool:
+    """Whether file systems can be mounted here; nobody else sees them, and they go with this process."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        return False
+    if "CHAOS_UNSHARED" not in os.environ:
+        words = ["unshare", "--mount", "sh", "-c"]
+        done = subprocess.run([*words, "mount -t tmpfs tmpfs /mnt"], capture_output=True, check=False)
+        if done.returncode:
+            return False
+        os.environ["CHAOS_UNSHARED"] = "1"
+        os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv])
+    return True
 
 
 def parse() -> argparse.Namespace:
@@ -338,10 +271,21 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--quick", action="store_const", dest="rounds", const=len(EVENTS), help="one of each")
-    parser.add_argument("--folder", help="workspace that is kept")
+    parser.add_argument("--first", type=int, default=0, help="number of the first round")
+    parser.add_argument("--only-round", type=int, metavar="N", help="repeat this one")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="rounds at a time")
+    parser.add_argument("--folder", help="an empty folder that is kept")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=1e9, help="no round begins after so many")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"one round of each kind, begun within {QUICK_S:.0f} s"
+    )
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.seconds = len(BLOWS), QUICK_S
+    if args.only_round is not None:
+        args.first = 0
+    return args
 
 
 if __name__ == "__main__":

@@ -157,6 +157,28 @@ def test_a_full_disk_is_one_sentence(finished: Path) -> None:
     assert "No space left on device" in done.stderr
 
 
+def test_a_search_that_cannot_begin_gives_its_study_up(workspace: Path) -> None:
+    file = workspace / "tlauto-runs/images/dataset.json"
+    file.unlink()
+    file.mkdir()
+    assert "dataset.json: Is a directory" in search(*SAME, cwd=workspace)
+    with closing(sqlite3.connect(workspace / "tlauto-runs/tlauto.db")) as database:
+        assert database.execute("SELECT state, pid FROM tlauto_searches").fetchall() == [
+            ("interrupted", None)
+        ]
+
+
+def test_no_memory_is_one_sentence(tmp_path: Path) -> None:
+    with (tmp_path / "line.jsonl").open("wb") as file:
+        file.truncate(4 << 30)  # one line of 4 GB that takes no room on the disk
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -v 1500000; exec "$@"', "sh", *command("doctor", "line.jsonl")],
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "error: no memory is left; end other programs, or use fewer --workers\n"
+
+
 # --- the model ----------------------------------------------------------------------------------------
 
 MODEL_FOLDER = "tlauto-runs/images/model"

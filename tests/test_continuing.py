@@ -12,10 +12,15 @@ from typing import Any
 
 import numpy as np
 import optuna
+import simulated
 from PIL import Image
 from tests_support import command, environment, leaderboard, run
 
+from tlauto.config import SearchConfig
+from tlauto.pace import Sizes
+from tlauto.prepare import propose_first, without_fixed
 from tlauto.rungs import STATE_FILE
+from tlauto.schedule import Plan
 from tlauto.store import Store
 from tlauto.study import Study
 
@@ -140,3 +145,24 @@ def test_a_killed_search_goes_on_inside_the_trial_that_ran(
     assert not (folder / STATE_FILE).exists()
     (row,) = [row for row in leaderboard(tmp_path) if row["state"] == "complete"]
     assert row["number"] == 1
+
+
+def test_what_a_study_begins_with_is_proposed_also_when_that_is_cut_off(tmp_path: Path) -> None:
+    space = simulated.space()
+    config = SearchConfig(data="none", out=str(tmp_path), trials=8, devices="cpu")
+    plan = Plan(
+        config=config, space=space, task="multiclass", metric="accuracy", dataset_file="", folder=tmp_path,
+        cache=tmp_path, device="cpu", sizes=Sizes(80, 20, 20),
+    )  # fmt: skip
+    whole, cut = (Study(f"sqlite:///{tmp_path}/tlauto.db", name, seed=0, create=True) for name in "ab")
+    propose_first(whole, plan)
+    assert len(whole.trials()) == 5
+    params, purpose = plan.first_points(8)[0]
+    cut.enqueue(without_fixed(params, space), purpose=purpose)
+    for _ in range(2):
+        propose_first(cut, plan)
+    for _ in range(5):
+        one, other = (study.ask(space) for study in (whole, cut))
+        assert (one.params, one.attrs) == (other.params, other.attrs)
+    propose_first(cut, plan)
+    assert len(cut.trials()) == 5

@@ -109,3 +109,16 @@ def test_interrupting_keeps_everything_and_leaves_the_best_model(
     assert shown["test"] is None
     photo = next((tmp_path / "patches" / "red").iterdir())
     assert run("predict", shown["model"], str(photo), cwd=tmp_path).returncode == 0
+
+
+@linux_only
+def test_a_worker_that_is_killed_during_the_refit_costs_nothing(
+    searching: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    wait_for(searching, "…         refit of ")
+    for worker in children(searching.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, said = searching.communicate(timeout=300)
+    assert searching.returncode == 0
+    assert "the worker process ended with signal 9; what it did runs again" in said
+    assert json.loads(run("show", "--json", cwd=tmp_path).stdout)["test"] is not None

@@ -12,7 +12,8 @@ import sqlalchemy
 from tlauto.builtin.tasks import task
 from tlauto.errors import ConfigError, StoreError
 from tlauto.plugins import registry
-from tlauto.searchspace import SearchSpace
+from tlauto.searchspace import Pick, SearchSpace
+from tlauto.space import Parameter, Scalar
 from tlauto.store import Store
 from tlauto.study import INTERRUPTED, MEMORY, Study
 
@@ -140,6 +141,35 @@ def test_interrupted_trials_are_proposed_again_once_and_do_not_count(url: str) -
     assert [t.state for t in resumed.trials()] == ["failed", "failed"]
 
 
+@pytest.mark.parametrize("drawn", [0, 2])
+def test_a_point_that_was_cut_off_while_it_was_drawn_is_proposed_whole(url: str, drawn: int) -> None:
+    class Killed(BaseException):
+        pass
+
+    class Cut(SearchSpace):
+        def walk(self, pick: Pick) -> dict[str, Scalar]:
+            names: list[str] = []
+
+            def some(name: str, parameter: Parameter) -> Scalar:
+                if len(names) == drawn:
+                    raise Killed
+                names.append(name)
+                return pick(name, parameter)
+
+            return super().walk(some)
+
+    space = make_space()
+    point = {**space.defaults(strategy="partial", head="mlp"), "backbone": BACKBONES[2]}
+    study = Study(url, "s", seed=0, create=True)
+    study.enqueue(point, purpose="default")
+    with pytest.raises(Killed):
+        study.ask(Cut(space.backbones, space.strategies, space.heads, space.loss, space.fixed))
+    resumed = Study(url, "s", seed=0, create=False)
+    assert resumed.requeue_interrupted() == [0]
+    again = resumed.ask(space)
+    assert (again.params, again.attrs["purpose"]) == (point, "default")
+
+
 def test_pruned_trials_keep_the_score_of_their_best_epoch(url: str) -> None:
     study, space = Study(url, "s", seed=0, create=True), make_space()
     number = study.ask(space).number
@@ -167,6 +197,12 @@ def test_what_is_enqueued_brings_its_attributes(url: str) -> None:
     second = study.ask(space)
     assert second.params == first.params
     assert (second.attrs["purpose"], second.attrs["continues"]) == ("promoted", first.number)
+
+
+def test_a_study_whose_maker_was_killed_at_once_is_taken_over(url: str) -> None:
+    optuna.create_study(storage=url, study_name="s", direction="maximize")
+    Study(url, "s", seed=0, create=True).close()
+    assert Study(url, "s", seed=0, create=False).trials() == []
 
 
 def test_a_study_that_is_not_ours_is_refused(url: str) -> None:

@@ -26,7 +26,7 @@ from tlauto.schedule import best_trial, counts
 from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
 from tlauto.tracking import Tracking
 
-GRACE_S = 2.5
+GRACE_S = 1.5
 """How long an interrupted search waits for a bundle that is being written."""
 
 

@@ -102,10 +102,12 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         if not stored:
             _create(store, name, plan, dataset, report, infos)
         study = _open_study(store, name, plan)
+        session = Session(config, name, store, study, dataset, infos, plan, pool)
         undo.pop_all()
-    _write_dataset(plan, dataset)
-    session = Session(config, name, store, study, dataset, infos, plan, pool)
-    _announce(session, why, emit)
+        undo.callback(session.close, state="interrupted")
+        _write_dataset(plan, dataset)
+        _announce(session, why, emit)
+        undo.pop_all()
     return session
 
 
@@ -302,8 +304,7 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
     store.update_config(name, dataclasses.replace(config, study=name, new=False).to_json())
     study = Study(store.url, name, seed=config.seed, create=True)
     with study.explaining():
-        if not study.trials():
-            propose_first(study, plan)
+        propose_first(study, plan)
         rows = store.trials(name)
         for number in study.requeue_interrupted():
             if number in rows:
@@ -312,8 +313,11 @@ def _open_study(store: Store, name: str, plan: Plan) -> Study:
 
 
 def propose_first(study: Study, plan: Plan) -> None:
-    """Propose the points that a new study begins with."""
-    for params, purpose in plan.first_points(plan.config.max_trials):
+    """Propose the points that a study begins with, those that are missing while none has begun."""
+    there = study.trials()
+    if any(trial.state != "waiting" for trial in there):
+        return
+    for params, purpose in plan.first_points(plan.config.max_trials)[len(there) :]:
         study.enqueue(without_fixed(params, plan.space), purpose=purpose)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tlauto.connections import engine_options, explained, explanation, is_conflict, wait_for_restarts
@@ -30,6 +31,9 @@ OUT_OF_TIME = "out of time"
 
 ORIGIN = ("purpose", "from_study", "micro_batch")
 """Attributes that say why and how a trial is run; one that is proposed again keeps them."""
+
+PROPOSED = "fixed_params"
+"""Attribute of Optuna's in which the parameters of an enqueued trial wait to be drawn."""
 
 MEMORY = "memory"
 """In place of a database's URL: the study is gone with its object, as a simulation wants it."""
@@ -233,7 +237,7 @@ class Study:
         again = {trial.attrs.get("retry_of") for trial in trials}
         for trial in trials:
             is_cut_off = trial.attrs.get("error_kind") == INTERRUPTED and trial.number not in again
-            if is_cut_off and trial.params and INTERRUPTED not in earlier_ends(trial, trials):
+            if is_cut_off and self._point(trial) and INTERRUPTED not in earlier_ends(trial, trials):
                 self.requeue(trial.number, why=INTERRUPTED)
         return [frozen.number for frozen in left]
 
@@ -247,8 +251,13 @@ class Study:
         trial = self.trials()[number]
         kept = {name: trial.attrs[name] for name in ORIGIN if name in trial.attrs}
         self.enqueue(
-            trial.params, **{"purpose": "search", **kept, "retry_of": number, "retry_why": why, **attrs}
+            self._point(trial), **{"purpose": "search", **kept, "retry_of": number, "retry_why": why, **attrs}
         )
+
+    def _point(self, trial: TrialRecord) -> Mapping[str, Scalar]:
+        """A trial's parameters; of one that was cut off while they were drawn, also those it was to get."""
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        return {**frozen.system_attrs.get(PROPOSED, {}), **trial.params}
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -328,6 +337,8 @@ def _explained(url: str) -> Iterator[None]:
 def _exists(storage: optuna.storages.BaseStorage, name: str, *, create: bool) -> bool:
     """Whether our study of that name exists; raises StoreError when it is another's or must exist."""
     found = [s for s in optuna.get_all_study_summaries(storage) if s.study_name == name]
+    if create and found and _is_blank(found[0]):
+        return False  # whoever made it was killed before it could be marked as ours
     if found and found[0].user_attrs.get("tlauto_format") != FORMAT:
         raise StoreError(
             f"the study '{name}' in this database was not made by this version of tlauto; choose another "
@@ -339,6 +350,11 @@ def _exists(storage: optuna.storages.BaseStorage, name: str, *, create: bool) ->
             f"dashboard?); start another study with --new"
         )
     return bool(found)
+
+
+def _is_blank(study: optuna.study.StudySummary) -> bool:
+    """Whether a study is as `Study` makes one in its first transaction: nothing in it, nothing noted."""
+    return not (study.n_trials or study.user_attrs) and study.directions == [StudyDirection.MAXIMIZE]
 
 
 def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:

@@ -75,6 +75,9 @@ def main(args: Sequence[str] | None = None) -> None:
         # The reader (head, less) went away: not an error of ours.
         sys.stderr.close()
         sys.exit(0)
+    except MemoryError:
+        click.echo("error: no memory is left; end other programs, or use fewer --workers", err=True)
+        sys.exit(1)
     except OSError as error:
         # A full disk or a lost permission can strike anywhere.
         what = f"cannot use {error.filename}" if error.filename else "cannot read or write"

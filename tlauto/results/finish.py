@@ -231,8 +231,11 @@ def _bundle(
 def _run(
     session: Session, jobs: Mapping[int, Message], emit: Emit, interrupted: threading.Event
 ) -> dict[int, Message]:
-    """Run jobs on the slots and return what each ended with, by its key."""
-    waiting = dict(jobs)
+    """Run jobs on the slots and return what each ended with, by its key.
+
+    One whose worker died, which may be nothing of its own, is run once more, as trials are.
+    """
+    waiting, again = dict(jobs), set[int]()
     busy: dict[str, int] = {}
     results: dict[int, Message] = {}
     pool = session.pool
@@ -258,8 +261,15 @@ def _run(
             if isinstance(event.message, EpochResult):
                 pool.send(event.slot, Answer(go_on=True))
             ended = _ended(event, emit)
-            if ended is not None:
-                results[busy.pop(event.slot)] = ended
+            if ended is None:
+                continue
+            key = busy.pop(event.slot)
+            if event.message is None and key not in again:
+                emit(Said(f"{event.ending}; what it did runs again"))
+                again.add(key)
+                waiting[key] = jobs[key]
+            else:
+                results[key] = ended
     return results
 
 
