@@ -82,6 +82,20 @@ def hungry(features: Any, training: bool) -> None:
         torch.empty(len(features) // 5 * 2**50, dtype=torch.uint8)  # 1 PiB from 5 images on
 
 
+def looks(features: Any, training: bool) -> None:
+    """Write down what the process sees of the machine."""
+    import json
+
+    import torch
+
+    seen = {
+        "threads": torch.get_num_threads(),
+        "gpus": torch.cuda.device_count(),
+        "environment": dict(os.environ),
+    }
+    (MARKS / f"looks {os.getpid()}").write_text(json.dumps(seen))
+
+
 def is_first(name: str) -> bool:
     """Whether this is the first time; remembered with the process id."""
     try:
@@ -94,4 +108,5 @@ def is_first(name: str) -> bool:
 
 @tlauto.hookimpl
 def task_heads() -> list[Trouble]:
-    return [Trouble(act) for act in (raises, diverges, aborts, recovers, loses, stands, sleeps, hungry)]
+    acts = (raises, diverges, aborts, recovers, loses, stands, sleeps, hungry, looks)
+    return [Trouble(act) for act in acts]

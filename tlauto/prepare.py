@@ -66,7 +66,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     """
     strategies, heads = _chosen(config, registry())
     check_trackers(config.track)
-    slots = make_slots(config.devices, config.workers)
+    slots = make_slots(config.devices, config.workers, per_device=config.per_device)
     out = _writable(Path(config.out), "workspace", "--out")
     cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
     cache_limit()  # refuses a wrong TLAUTO_CACHE_SIZE before any worker starts

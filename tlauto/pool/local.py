@@ -130,7 +130,7 @@ class LocalPool:
     def _start(self, name: str) -> _Worker:
         slot = self._slots[name]
         self._logs.mkdir(parents=True, exist_ok=True)
-        log = self._logs / f"worker-{name.replace(':', '-')}.log"
+        log = self._logs / f"worker-{name.replace(':', '-').replace('/', '-')}.log"
         self._generation += 1
         with log.open("ab") as errors:
             process = subprocess.Popen(
