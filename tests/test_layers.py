@@ -16,7 +16,7 @@ LAYER_0 = frozenset(
 )
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}
-    | {"locks", "caches", "database"}
+    | {"locks", "caches", "database", "memory"}
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 DATABASE = frozenset({"connections", "migrations"})

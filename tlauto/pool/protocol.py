@@ -102,6 +102,21 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Used:
+    """Bytes that the trial that ends next took at most, of its device; on a CPU, that its process holds."""
+
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The worker wants to be replaced after this job: it holds so many bytes, after its first so many."""
+
+    held: int
+    level: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A backbone that can be searched, or why it cannot."""
 
@@ -140,8 +155,8 @@ JOBS = (Preflight, RunTrial, WriteBundle)
 ENDS = (PreflightDone, BundleDone, JobFailed, TrialDone, TrialFailed)
 
 Message = (
-    Preflight | RunTrial | WriteBundle | Answer | Stop | Ready | Beat | Note | PreflightDone | BundleDone
-    | JobFailed | EpochResult | TrialDone | TrialFailed
+    Preflight | RunTrial | WriteBundle | Answer | Stop | Ready | Beat | Note | Used | Grown | PreflightDone
+    | BundleDone | JobFailed | EpochResult | TrialDone | TrialFailed
 )  # fmt: skip
 _TYPES: dict[str, Any] = {t.__name__: t for t in Message.__args__}
 
