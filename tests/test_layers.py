@@ -24,7 +24,7 @@ LAYER_2 = frozenset({"store", "study", "sampler", "training", "builtin"}) | NETW
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "failures", "loop", "mirrored", "outcomes", "tracking"}
+    | {"continuing", "failures", "loop", "mirrored", "outcomes", "room", "starting", "tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1

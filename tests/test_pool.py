@@ -18,12 +18,25 @@ from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, Wei
 from tlauto.data import load_dataset
 from tlauto.devices import make_slots
 from tlauto.errors import ConfigError
-from tlauto.memory import held_bytes
+from tlauto.memory import capacity_bytes, held_bytes
 from tlauto.pool.base import Event
 from tlauto.pool.beats import Limits
 from tlauto.pool.growth import FIRST
 from tlauto.pool.local import LocalPool
-from tlauto.pool.protocol import Answer, Beat, Note, Preflight, PreflightDone, Ready, RunTrial, decode, encode
+from tlauto.pool.protocol import (
+    Answer,
+    Beat,
+    Note,
+    Preflight,
+    PreflightDone,
+    Ready,
+    RunTrial,
+    StepTried,
+    TryStep,
+    Used,
+    decode,
+    encode,
+)
 
 SLOT = "cpu:0"
 
@@ -69,6 +82,7 @@ def ending(
     *,
     on_ready: Callable[[int], None] = lambda pid: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_used: Callable[[Used], None] = lambda used: None,
 ) -> Event:
     """The event that ends the job; epochs are answered."""
     while True:
@@ -78,9 +92,11 @@ def ending(
                     on_ready(pid)
                 case Note(text):
                     on_note(text)
+                case Used() as used:
+                    on_used(used)
                 case EpochResult():
                     pool.send(SLOT, Answer(go_on=True))
-                case TrialDone() | TrialFailed() | None:
+                case TrialDone() | TrialFailed() | StepTried() | None:
                     return event
 
 
@@ -170,6 +186,27 @@ def test_a_worker_whose_memory_grows_is_replaced_between_trials(
     assert not Path(f"/proc/{first}").exists()
     assert said[0].startswith("the worker on cpu:0 held ")
     assert "after its first; a new one takes its place" in said[0]
+
+
+@pytest.mark.parametrize(("head", "at_once"), [("linear", 16), ("hungry", 4), ("starved", None)])
+def test_a_step_is_tried_with_fewer_images_until_it_fits(
+    head: str, at_once: int | None, pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec]
+) -> None:
+    workers = pool(patient())
+    workers.send(SLOT, TryStep(trial(head=head, strategy="full"), 16))
+    tried = ending(workers).message
+    assert isinstance(tried, StepTried)
+    assert tried.at_once == at_once
+    assert tried.total == capacity_bytes()
+    assert tried.bytes == 2**50 if at_once is None else tried.bytes is None or 10**7 < tried.bytes < 2**40
+
+
+def test_a_trial_tells_what_it_used(pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec]) -> None:
+    workers, used = pool(patient()), []
+    workers.send(SLOT, RunTrial(trial()))
+    assert isinstance(ending(workers, on_used=used.append).message, TrialDone)
+    assert len(used) == 1 and used[0].total == capacity_bytes()
+    assert held_bytes() is None or 10**7 < (used[0].bytes or 0) < 10**11
 
 
 def test_a_wrong_bound_of_growth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

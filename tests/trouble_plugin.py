@@ -84,6 +84,12 @@ def hungry(features: Any, training: bool) -> None:
         torch.empty(len(features) // 5 * 2**50, dtype=torch.uint8)  # 1 PiB from 5 images on
 
 
+def starved(features: Any, training: bool) -> None:
+    import torch
+
+    torch.empty(2**50, dtype=torch.uint8)
+
+
 def leaks(features: Any, training: bool) -> None:
     KEPT.append(b"x" * 30_000_000)
 
@@ -114,5 +120,5 @@ def is_first(name: str) -> bool:
 
 @tlauto.hookimpl
 def task_heads() -> list[Trouble]:
-    acts = (raises, diverges, aborts, recovers, loses, stands, sleeps, hungry, leaks, looks)
+    acts = (raises, diverges, aborts, recovers, loses, stands, sleeps, hungry, starved, leaks, looks)
     return [Trouble(act) for act in acts]

@@ -81,6 +81,11 @@ def device_of(slot: str) -> str:
     return "cpu" if device.startswith("cpu:") else device
 
 
+def is_gpu(slot: str) -> bool:
+    """Whether a slot of this name is on a GPU of its own memory."""
+    return slot.startswith("cuda:")
+
+
 def cache_folder() -> Path:
     """The user's cache folder for checks, pixels and features; `TLAUTO_CACHE` overrides it."""
     given = os.environ.get("TLAUTO_CACHE")

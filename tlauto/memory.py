@@ -13,6 +13,9 @@ FLOOR = "TLAUTO_MEMORY_FLOOR"
 DEFAULT_FLOOR = 1_000_000_000
 """Bytes that must be left for a trial to start beside others: about what a worker needs to come up."""
 
+CONTEXT = 600 * 2**20
+"""Bytes of a GPU that a process takes besides its tensors, for kernels and libraries: an estimate."""
+
 
 def memory_floor() -> int:
     """Bytes of memory that must be left, from TLAUTO_MEMORY_FLOOR; raises ConfigError for a bad value."""

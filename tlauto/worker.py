@@ -37,7 +37,10 @@ from tlauto.pool.protocol import (
     Preflight,
     Ready,
     RunTrial,
+    StepTried,
     Stop,
+    TryStep,
+    Used,
     WriteBundle,
     decode,
     encode,
@@ -67,6 +70,8 @@ def _do(job: Message, receive: Receive, send: Send, device: str) -> Message:
         return _run_trial(job.spec, receive, send, device)
     if isinstance(job, WriteBundle):
         return _write_bundle(job, device)
+    if isinstance(job, TryStep):
+        return _try_step(job, device)
     assert isinstance(job, Preflight)
     from tlauto.preflight import check_backbones
 
@@ -75,6 +80,7 @@ def _do(job: Message, receive: Receive, send: Send, device: str) -> Message:
 
 def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> TrialDone | TrialFailed:
     """Run a trial and return how it ended; every failure is a message, never an exception."""
+    from tlauto.training import footprint
     from tlauto.training.fit import run_trial
 
     def on_epoch(result: EpochResult) -> bool:
@@ -85,7 +91,10 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> Tr
     try:
         Path(spec.folder).mkdir(parents=True, exist_ok=True)
         dataset = _dataset(spec.dataset)
-        return run_trial(spec, registry(), dataset, device=device, on_epoch=on_epoch)
+        footprint.begin(device)
+        done = run_trial(spec, registry(), dataset, device=device, on_epoch=on_epoch)
+        send(Used(footprint.peak_bytes(device), footprint.total_bytes(device)))
+        return done
     except TrialError as error:
         asked = error.bytes if isinstance(error, OutOfMemory) else None
         return TrialFailed(spec.number, error.kind, str(error), traceback.format_exc(), asked)
@@ -94,6 +103,14 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> Tr
     except Exception as error:  # noqa: BLE001 a plugin's model may raise anything; the search goes on
         kind = OutOfMemory.kind if isinstance(error, MemoryError) else TrialError.kind
         return TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc())
+
+
+def _try_step(job: TryStep, device: str) -> StepTried:
+    from tlauto.training.footprint import total_bytes, try_step
+
+    dataset = _dataset(job.spec.dataset)
+    tried = try_step(job.spec, registry(), dataset, device=device, at_once=job.at_once, most=job.most)
+    return StepTried(tried.at_once, tried.bytes, total_bytes(device))
 
 
 def _settle_memory(job: Message, growth: Growth, send: Send) -> None:
