@@ -49,6 +49,13 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path, text: str, message: str)
         resolve({"data": "images"}, folder=tmp_path)
 
 
+def test_slots_on_a_gpu_are_a_number_or_auto(tmp_path: Path) -> None:
+    for text, expected in (("2", "2"), ("'auto'", "auto")):
+        (tmp_path / "tlauto.toml").write_text(f"[search]\nper-device = {text}")
+        assert resolve({"data": "images"}, folder=tmp_path).per_device == expected
+    assert resolve({"data": "images", "per_device": 3}, folder=tmp_path).per_device == "3"
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -58,6 +65,8 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path, text: str, message: str)
         {"trial_timeout_s": 0.0},
         {"max_failures": 0},
         {"workers": -1},
+        {"per_device": "0"},
+        {"per_device": "many"},
         {"seed": -1},
         {"study": "../escape"},
         {"preset": "huge"},

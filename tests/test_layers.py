@@ -16,7 +16,7 @@ LAYER_0 = frozenset(
 )
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}
-    | {"locks", "caches", "database"}
+    | {"locks", "caches", "database", "memory"}
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 DATABASE = frozenset({"connections", "migrations"})
@@ -25,7 +25,7 @@ LAYER_2 = frozenset({"store", "training", "builtin"}) | OPTUNA | NETWORKS | DATA
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "failures", "loop", "mirrored", "outcomes", "tracking"}
+    | {"continuing", "failures", "loop", "mirrored", "outcomes", "room", "starting", "tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1

@@ -17,10 +17,26 @@ from tests_support import TINY, environment, install_troubles, spec_of
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, WeightsOptions
 from tlauto.data import load_dataset
 from tlauto.devices import make_slots
+from tlauto.errors import ConfigError
+from tlauto.memory import capacity_bytes, held_bytes
 from tlauto.pool.base import Event
 from tlauto.pool.beats import Limits
+from tlauto.pool.growth import FIRST
 from tlauto.pool.local import LocalPool
-from tlauto.pool.protocol import Answer, Beat, Preflight, PreflightDone, Ready, RunTrial, decode, encode
+from tlauto.pool.protocol import (
+    Answer,
+    Beat,
+    Note,
+    Preflight,
+    PreflightDone,
+    Ready,
+    RunTrial,
+    StepTried,
+    TryStep,
+    Used,
+    decode,
+    encode,
+)
 
 SLOT = "cpu:0"
 
@@ -61,16 +77,26 @@ def pool(tmp_path: Path) -> Iterator[Callable[..., LocalPool]]:
         each.close(grace_s=0)
 
 
-def ending(pool: LocalPool, *, on_ready: Callable[[int], None] = lambda pid: None) -> Event:
+def ending(
+    pool: LocalPool,
+    *,
+    on_ready: Callable[[int], None] = lambda pid: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    on_used: Callable[[Used], None] = lambda used: None,
+) -> Event:
     """The event that ends the job; epochs are answered."""
     while True:
         for event in pool.wait(1.0):
             match event.message:
                 case Ready(pid):
                     on_ready(pid)
+                case Note(text):
+                    on_note(text)
+                case Used() as used:
+                    on_used(used)
                 case EpochResult():
                     pool.send(SLOT, Answer(go_on=True))
-                case TrialDone() | TrialFailed() | None:
+                case TrialDone() | TrialFailed() | StepTried() | None:
                     return event
 
 
@@ -135,6 +161,58 @@ def test_a_worker_whose_device_or_memory_failed_is_replaced(
     assert (asked % 2**50, asked > 0) == (0, head == "hungry")
     assert "Traceback" in event.message.detail
     assert (workers.pid(SLOT) == pids[0]) == stays == Path(f"/proc/{pids[0]}").exists()
+
+
+@pytest.mark.skipif(held_bytes() is None, reason="this system does not tell what a process holds")
+def test_a_worker_whose_memory_grows_is_replaced_between_trials(
+    pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    workers = pool(patient(), TLAUTO_WORKER_GROWTH="200MB")
+
+    def run(head: str) -> int | None:
+        """The worker's process id after a trial; None when it was replaced."""
+        workers.send(SLOT, RunTrial(trial(head=head)))
+        event = ending(workers, on_note=said.append)
+        assert isinstance(event.message, TrialDone), "the trial itself is unharmed"
+        return workers.pid(SLOT)
+
+    first = run("linear")
+    assert first is not None
+    assert [run("linear") for _ in range(FIRST + 2)] == [first] * (FIRST + 2)
+    assert said == []
+    pids = [run("leaks") for _ in range(4)]
+    assert None in pids and pids[: pids.index(None)] == [first] * pids.index(None)
+    assert not Path(f"/proc/{first}").exists()
+    assert said[0].startswith("the worker on cpu:0 held ")
+    assert "after its first; a new one takes its place" in said[0]
+
+
+@pytest.mark.parametrize(("head", "at_once"), [("linear", 16), ("hungry", 4), ("starved", None)])
+def test_a_step_is_tried_with_fewer_images_until_it_fits(
+    head: str, at_once: int | None, pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec]
+) -> None:
+    workers = pool(patient())
+    workers.send(SLOT, TryStep(trial(head=head, strategy="full"), 16))
+    tried = ending(workers).message
+    assert isinstance(tried, StepTried)
+    assert tried.at_once == at_once
+    assert tried.total == capacity_bytes()
+    assert tried.bytes == 2**50 if at_once is None else tried.bytes is None or 10**7 < tried.bytes < 2**40
+
+
+def test_a_trial_tells_what_it_used(pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec]) -> None:
+    workers, used = pool(patient()), []
+    workers.send(SLOT, RunTrial(trial()))
+    assert isinstance(ending(workers, on_used=used.append).message, TrialDone)
+    assert len(used) == 1 and used[0].total == capacity_bytes()
+    assert held_bytes() is None or 10**7 < (used[0].bytes or 0) < 10**11
+
+
+def test_a_wrong_bound_of_growth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLAUTO_WORKER_GROWTH", "much")
+    with pytest.raises(ConfigError, match="TLAUTO_WORKER_GROWTH: 'much' is not a size"):
+        LocalPool(make_slots("cpu", 1), logs=tmp_path)
 
 
 def test_signs_of_life_do_not_mix_with_messages(tmp_path: Path) -> None:

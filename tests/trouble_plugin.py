@@ -14,6 +14,8 @@ from tlauto.space import Space
 MARKS = Path(os.environ.get("TROUBLE_MARKS", "."))
 """Folder where heads that go wrong once remember that they have."""
 
+KEPT: list[bytes] = []
+
 
 class Trouble:
     """A linear head that does something else first."""
@@ -82,6 +84,30 @@ def hungry(features: Any, training: bool) -> None:
         torch.empty(len(features) // 5 * 2**50, dtype=torch.uint8)  # 1 PiB from 5 images on
 
 
+def starved(features: Any, training: bool) -> None:
+    import torch
+
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def leaks(features: Any, training: bool) -> None:
+    KEPT.append(b"x" * 30_000_000)
+
+
+def looks(features: Any, training: bool) -> None:
+    """Write down what the process sees of the machine."""
+    import json
+
+    import torch
+
+    seen = {
+        "threads": torch.get_num_threads(),
+        "gpus": torch.cuda.device_count(),
+        "environment": dict(os.environ),
+    }
+    (MARKS / f"looks {os.getpid()}").write_text(json.dumps(seen))
+
+
 def is_first(name: str) -> bool:
     """Whether this is the first time; remembered with the process id."""
     try:
@@ -94,4 +120,5 @@ def is_first(name: str) -> bool:
 
 @tlauto.hookimpl
 def task_heads() -> list[Trouble]:
-    return [Trouble(act) for act in (raises, diverges, aborts, recovers, loses, stands, sleeps, hungry)]
+    acts = (raises, diverges, aborts, recovers, loses, stands, sleeps, hungry, starved, leaks, looks)
+    return [Trouble(act) for act in acts]

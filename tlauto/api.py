@@ -134,7 +134,7 @@ def search(
         params: fixed parameters by dotted name, such as `{"optim.name": "sgd"}`.
         emit: called with the values of `tlauto.events` as the search goes on.
         settings: any other field of `tlauto.config.SearchConfig`: out, study, task, metric, preset,
-            devices, workers, seed, weights, weights_dir, offline, pretrained, new, storage, ….
+            devices, workers, per_device, seed, weights, weights_dir, offline, pretrained, new, storage, ….
 
     Raises: TlautoError of the fitting kind; each message says what to do.
     """

@@ -63,8 +63,8 @@ class SearchConfig:
     `trials` and `time_s` (seconds) are totals over all runs of the study; None leaves that side
     open. A trial may take `trial_timeout_s` seconds, None as long as it likes; `max_failures` in a row end
     the search. `params` fixes parameters by their dotted names. At most `ensemble` models answer together.
-    `cold` learns nothing from the workspace's earlier searches. `track` names trackers, each with
-    where it records after an `=`, if not in the study's folder.
+    `per_device` is a number or `auto`. `cold` learns nothing from the workspace's earlier searches.
+    `track` names trackers, each with where it records after an `=`, if not in the study's folder.
     """
 
     data: str
@@ -83,6 +83,7 @@ class SearchConfig:
     preset: str = "balanced"
     devices: str = "auto"
     workers: int | None = None
+    per_device: str | None = None
     seed: int = 0
     ensemble: int = 4
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -158,6 +159,8 @@ def resolve(flags: Mapping[str, Any], *, folder: Path | None = None) -> SearchCo
     for name in PATHS:
         if values.get(name):
             values[name] = str(Path(values[name]).expanduser().resolve())
+    if values.get("per_device") is not None:
+        values["per_device"] = str(values["per_device"])
     values.setdefault("out", str(Path("./tlauto-runs").resolve()))
     return SearchConfig(**values)
 
@@ -233,6 +236,10 @@ def _check(config: SearchConfig) -> None:
         f"--workers must be from 0 to 512, not {config.workers}",
     )
     refuse(
+        config.per_device is not None and not re.fullmatch(r"auto|[1-9]|1[0-6]", config.per_device),
+        f"--per-device must be auto or from 1 to 16, not {config.per_device}",
+    )
+    refuse(
         not 1 <= config.ensemble <= 16,
         f"--ensemble must be from 1 (a single model) to 16, not {config.ensemble}",
     )
@@ -289,7 +296,7 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
         value = [value] if isinstance(value, str) else value
     expected: dict[str, type | tuple[type, ...]] = {
         "trials": int, "workers": int, "seed": int, "ensemble": int, "max_failures": int,
-        "time_s": (int, float), "trial_timeout_s": (int, float),
+        "per_device": (int, str), "time_s": (int, float), "trial_timeout_s": (int, float),
         "offline": bool, "pretrained": bool, "new": bool, "cold": bool, "allow_leaks": bool,
         "params": dict, "weights": dict, "backbones": list, "strategies": list, "heads": list,
         "track": list,

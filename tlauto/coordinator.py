@@ -16,13 +16,14 @@ from tlauto.contracts import (
     spec_from_json,
 )
 from tlauto.errors import TrialError
-from tlauto.events import Emit, Said, TrialEnded, TrialStarted, ignore
+from tlauto.events import Emit, Said, TrialEnded, ignore
 from tlauto.loop import Job, Loop
 from tlauto.outcomes import handle, stop_slow
-from tlauto.pool.protocol import BundleDone, JobFailed, RunTrial
+from tlauto.pool.protocol import BundleDone, JobFailed
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
 from tlauto.schedule import best_trial, counts
+from tlauto.starting import begin, go_on, must_wait
 from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
 from tlauto.tracking import Tracking
 
@@ -76,23 +77,28 @@ def _search(loop: Loop) -> None:
 
 def _fill(loop: Loop) -> None:
     """Give every idle slot a trial while the totals allow it."""
-    session = loop.session
-    for slot in session.pool.slots:
-        if slot in loop.busy or _keep_best(loop, slot) or not _may_start(loop):
+    for slot in [slot for slot, job in loop.busy.items() if job.stage == "held"]:
+        go_on(loop, slot)
+    for slot in loop.session.pool.slots:
+        if slot in loop.busy or _keep_best(loop, slot):
             continue
-        trials, left = session.study.trials(), loop.seconds_left()
-        kept = session.plan.proposable(trials, left)
-        _enqueue(loop, trials, kept["strategy"], left)
-        with session.study.together():
-            record = session.study.ask(session.plan.space, kept=kept)
-            spec = next_spec(session, record, trials, left=left)
-            for epoch, score in earlier_reports(spec, record, trials).items():
-                session.study.report(record.number, epoch, score)
-            session.study.note(record.number, slot=slot, seed=spec.seed)
-        session.store.start_trial(session.name, spec, slot)
-        loop.busy[slot] = Job(spec, time.monotonic())
-        session.pool.send(slot, RunTrial(spec))
-        loop.emit(TrialStarted.of(spec, slot))
+        # A trial that is refused leaves its slot idle.
+        while slot not in loop.busy and _may_start(loop) and not must_wait(loop, slot):
+            _propose(loop, slot)
+
+
+def _propose(loop: Loop, slot: str) -> None:
+    session = loop.session
+    trials, left = session.study.trials(), loop.seconds_left()
+    kept = session.plan.proposable(trials, left)
+    _enqueue(loop, trials, kept["strategy"], left)
+    with session.study.together():
+        record = session.study.ask(session.plan.space, kept=kept)
+        spec = next_spec(session, record, trials, left=left)
+        for epoch, score in earlier_reports(spec, record, trials).items():
+            session.study.report(record.number, epoch, score)
+        session.study.note(record.number, slot=slot, seed=spec.seed)
+    begin(loop, slot, spec, trials)
 
 
 def _enqueue(
@@ -140,7 +146,8 @@ def _may_start(loop: Loop) -> bool:
     left = loop.seconds_left()
     # However short the time: without a first score there is nothing to finish with.
     is_first = not running and best_trial(loop.session.study.trials()) is None
-    return (limit is None or done + running < limit) and (left is None or left > 0 or is_first)
+    has_time = left is None or left > 0 or is_first
+    return (limit is None or done + running < limit) and has_time and not loop.hopeless
 
 
 # --- stopping and tidying ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Slot:
     """A place for one worker.
 
     Attributes:
-        name: as shown, `cpu:0`, `cuda:1`, `mps`.
+        name: as shown, `cpu:0`, `cuda:1`, `mps`; of several on one GPU `cuda:1/0`, `cuda:1/1`.
         device: what torch calls it inside the worker, which sees no other device.
         threads: of the worker's arithmetic and image decoding.
         env: environment variables the worker starts with.
@@ -36,25 +36,54 @@ class Slot:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def make_slots(devices: str = "auto", workers: int | None = None) -> tuple[Slot, ...]:
-    """One slot per GPU, or CPU slots that share the cores without oversubscription.
+PACKED = 4
+"""Most slots on a GPU whose number is found by what fits (`--per-device auto`)."""
+
+AUTO = "auto"
+
+
+def make_slots(
+    devices: str = AUTO, workers: int | None = None, *, per_device: str | None = None
+) -> tuple[Slot, ...]:
+    """One slot or several per GPU, or CPU slots; they share the cores without oversubscription.
+
+    Slots of all GPUs come before second slots on any.
 
     Args:
         devices: `auto`, `cpu`, `mps`, or GPUs as `cuda:0,cuda:1`.
-        workers: number of slots on CPU; by default one per two cores, at most 8. On GPUs, at most
-            this many of them are used. 0 means one slot, run inside the coordinator.
+        workers: number of slots on CPU; by default one per two cores, at most 8. On GPUs, the most
+            slots. 0 means one slot, run inside the coordinator.
+        per_device: slots on each GPU, a number or `auto`; None is one.
 
-    Raises: ConfigError for a device that this machine does not have.
+    Raises: ConfigError for a device that this machine does not have, and for `per_device` without GPUs.
     """
-    wanted = _devices(devices)
+    wanted, cores = _devices(devices), available_cores()
+    is_gpu = wanted[0].startswith("cuda:")
+    if per_device is not None and not is_gpu:
+        raise ConfigError(
+            f"--per-device is for NVIDIA GPUs, and trials run on {wanted[0]} here; leave it out"
+            + (", and say with --workers how many run side by side" if wanted == ["cpu"] else "")
+        )
     if wanted == ["cpu"]:
-        cores = available_cores()
         count = max(1, min(8, cores // 2)) if workers is None else max(1, workers)
         threads = max(1, cores // count)
         return tuple(Slot(f"cpu:{i}", "cpu", threads, _environment("cpu", "", threads)) for i in range(count))
-    gpus = wanted if not workers else wanted[:workers]
-    threads = max(1, available_cores() // len(gpus))
-    return tuple(_gpu_slot(name, threads) for name in gpus)
+    each = _slots_each(per_device, cores // len(wanted))
+    names = [f"{name}/{i}" if each > 1 else name for i in range(each) for name in wanted]
+    names = names if workers is None else names[: max(1, workers)]
+    threads = max(1, cores // len(names))
+    return tuple(_gpu_slot(name, threads) for name in names)
+
+
+def device_of(slot: str) -> str:
+    """The device that a slot of this name is on: `cuda:1` for `cuda:1/0`. CPU slots are all on `cpu`."""
+    device = slot.partition("/")[0]
+    return "cpu" if device.startswith("cpu:") else device
+
+
+def is_gpu(slot: str) -> bool:
+    """Whether a slot of this name is on a GPU of its own memory."""
+    return slot.startswith("cuda:")
 
 
 def cache_folder() -> Path:
@@ -89,29 +118,52 @@ def visible_gpus() -> list[str]:
 
 def _devices(text: str) -> list[str]:
     gpus = visible_gpus()
-    if text == "auto":
+    if text == AUTO:
         if gpus:
             return [f"cuda:{i}" for i in range(len(gpus))]
-        return ["mps"] if platform.system() == "Darwin" and platform.machine() == "arm64" else ["cpu"]
+        return ["mps"] if _is_apple() else ["cpu"]
     names = [part.strip() for part in text.split(",") if part.strip()]
-    if names in (["cpu"], ["mps"]):
-        return names
-    for name in names:
-        kind, _, index = name.partition(":")
-        if kind != "cuda" or not index.isdigit():
-            raise ConfigError(f"--devices '{name}' is not auto, cpu, mps or cuda:N")
-        if int(index) >= len(gpus):
-            have = f"{len(gpus)} GPU(s)" if gpus else "no GPU"
-            raise ConfigError(f"--devices {name}: this machine shows {have}; use --devices auto or cpu")
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"--devices '{text}' must name each device once")
+    kinds = {name.partition(":")[0] for name in names}
+    if len(names) > 1 and kinds <= {"cpu", "mps", "cuda"} and kinds != {"cuda"}:
+        raise ConfigError(
+            f"--devices '{text}' names several devices that are not all GPUs, and the trials of a search run "
+            f"on one kind; name GPUs only (cuda:0,cuda:1), or cpu or mps alone"
+        )
+    for name in names:
+        _require(name, gpus)
     return names
+
+
+def _require(name: str, gpus: list[str]) -> None:
+    kind, _, index = name.partition(":")
+    if name == "mps" and not _is_apple():
+        raise ConfigError("--devices mps: this machine has no Apple GPU; use --devices auto or cpu")
+    if name in ("cpu", "mps"):
+        return
+    if kind != "cuda" or not index.isdecimal():
+        raise ConfigError(f"--devices '{name}' is not auto, cpu, mps or cuda:N")
+    if int(index) >= len(gpus):
+        have = f"{len(gpus)} GPU(s)" if gpus else "no GPU"
+        raise ConfigError(f"--devices {name}: this machine shows {have}; use --devices auto or cpu")
+
+
+def _is_apple() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
+def _slots_each(per_device: str | None, cores: int) -> int:
+    """Slots on each GPU, of which each has so many cores."""
+    if per_device == AUTO:
+        return max(1, min(PACKED, cores))
+    return int(per_device or 1)
 
 
 def _gpu_slot(name: str, threads: int) -> Slot:
     if name == "mps":
         return Slot("mps", "mps", threads, _environment("mps", "", threads))
-    gpu = visible_gpus()[int(name.partition(":")[2])]
+    gpu = visible_gpus()[int(device_of(name).partition(":")[2])]
     return Slot(name, "cuda", threads, _environment("cuda", gpu, threads))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tlauto.contracts import TrialSpec
 from tlauto.errors import DeviceLost, Hung, OutOfMemory, WorkerDied
-from tlauto.recipe import EVAL_BATCH, FINETUNE_SPACE
+from tlauto.room import images_at_once
 
 ACCIDENTS = (WorkerDied.kind, Hung.kind, DeviceLost.kind)
 """Failures that may be nothing of the trial's own: it is tried once more. A plugin that raises, a loss
@@ -41,7 +41,7 @@ def retry(kind: str, spec: TrialSpec, earlier: Sequence[str], *, trains: bool) -
     if kind in ACCIDENTS:
         return None if set(ACCIDENTS) & set(earlier) else Retry(spec.micro_batch)
     if kind == OutOfMemory.kind and earlier.count(kind) < HALVINGS:
-        at_once = spec.micro_batch or _at_once(spec, trains=trains)
+        at_once = images_at_once(spec, trains=trains)
         return Retry(-(-at_once // 2)) if at_once > 1 else None
     return None
 
@@ -59,11 +59,3 @@ def why_to_end(failures: int, *, has_best: bool, most: int) -> str:
     if failures >= most:
         return f"{failures} trials in a row failed" if failures > 1 else "a trial failed"
     return ""
-
-
-def _at_once(spec: TrialSpec, *, trains: bool) -> int:
-    if not trains:
-        return EVAL_BATCH
-    size = spec.params.get("finetune.batch_size", FINETUNE_SPACE["batch_size"].default)
-    assert isinstance(size, (int, float))
-    return int(size)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tlauto.contracts import TrialSpec
+from tlauto.devices import device_of, is_gpu
 from tlauto.events import Emit
+from tlauto.memory import capacity_bytes
 from tlauto.pace import held_back
+from tlauto.pool.protocol import StepTried, Used
 from tlauto.prepare import Session
 from tlauto.schedule import best_trial
 
@@ -20,6 +24,12 @@ class Job:
     Attributes:
         resumed: epochs that were done when the trial went on.
         stopped: why the trial was told to end early.
+        stage: of a trial: it waits for room or is refused, a step of it is tried, or it runs.
+        needs: bytes of memory that it is taken to need; None when nothing is known.
+        may_try: whether a step is to be tried before it runs; tried: what that took.
+        waits_alone: whether that did not fit beside others.
+        used: what it took in the end.
+        is_alone: whether nothing else has run on its device since it began.
     """
 
     spec: TrialSpec
@@ -27,6 +37,13 @@ class Job:
     is_bundle: bool = False
     resumed: int | None = None
     stopped: str = ""
+    stage: Literal["held", "step", "runs"] = "runs"
+    needs: float | None = None
+    may_try: bool = False
+    tried: StepTried | None = None
+    waits_alone: bool = False
+    used: Used | None = None
+    is_alone: bool = True
 
 
 @dataclass
@@ -41,6 +58,8 @@ class Loop:
         may_bundle_at: when the next one may be written.
         failures: trials that failed since the last one that did not, those aside that are tried again.
         hopeless: why the search is to end with an error.
+        capacity: bytes of memory of each device, once a worker has told.
+        has_said_short: whether the user was told that memory is short.
     """
 
     session: Session
@@ -55,6 +74,22 @@ class Loop:
     may_bundle_at: float = 0.0
     failures: int = 0
     hopeless: str = ""
+    capacity: dict[str, int] = field(default_factory=dict)
+    has_said_short: bool = False
+
+    def beside(self, slot: str) -> list[Job]:
+        """Trials on the other slots of a slot's device."""
+        device = device_of(slot)
+        others = (job for name, job in self.busy.items() if name != slot and device_of(name) == device)
+        return [job for job in others if not job.is_bundle]
+
+    def running_beside(self, slot: str) -> list[Job]:
+        """Those of them that do not wait for room."""
+        return [job for job in self.beside(slot) if job.stage != "held"]
+
+    def capacity_of(self, slot: str) -> int | None:
+        """Bytes of memory that a trial may have on a slot's device; None when nobody has told."""
+        return self.capacity.get(device_of(slot)) or (None if is_gpu(slot) else capacity_bytes())
 
     def spent(self) -> float:
         """Active seconds, earlier runs included."""

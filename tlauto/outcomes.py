@@ -8,20 +8,21 @@ from typing import Any
 from tlauto.continuing import PAUSED, forget_files, is_behind
 from tlauto.contracts import (
     EpochResult,
-    FreezeStrategy,
     TrialDone,
     TrialFailed,
     TrialSpec,
     trains_backbone,
 )
-from tlauto.errors import Hung, TrialTimeout, WorkerDied
+from tlauto.devices import device_of
+from tlauto.errors import Hung, OutOfMemory, TrialTimeout, WorkerDied
 from tlauto.events import EpochEnded, Progress, Said, TrialEnded
 from tlauto.failures import Retry, retry, why_to_end
 from tlauto.loop import Job, Loop
 from tlauto.pace import seconds_a_trial
 from tlauto.pool.base import Event
-from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note
+from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, StepTried, Used
 from tlauto.prepare import Session
+from tlauto.room import ATTRIBUTE, Took, images_at_once, kind_of
 from tlauto.schedule import best_trial, counts, estimate, is_hopeless
 from tlauto.study import earlier_ends
 
@@ -39,7 +40,15 @@ def handle(loop: Loop, event: Event) -> None:
             _done(loop, event.slot, job, done)
         case TrialFailed() as failed if job:
             del loop.busy[event.slot]
-            _failed(loop, event.slot, job, failed, event.log_tail)
+            fail(loop, event.slot, job, failed, event.log_tail)
+        case Used() as used if job:
+            job.used = used
+            _learn_capacity(loop, event.slot, used.total)
+        case StepTried() as tried if job:
+            job.tried, job.stage = tried, "held"
+            _learn_capacity(loop, event.slot, tried.total)
+        case JobFailed() if job and job.stage == "step":
+            job.may_try, job.stage = False, "held"  # the trial itself will tell what is wrong
         case BundleDone() if job:
             loop.bundled = job.spec.number
             now = time.monotonic()
@@ -55,10 +64,15 @@ def handle(loop: Loop, event: Event) -> None:
             _died(loop, job, event)
 
 
+def _learn_capacity(loop: Loop, slot: str, total: int | None) -> None:
+    if total is not None:
+        loop.capacity[device_of(slot)] = total
+
+
 def _epoch(loop: Loop, slot: str, job: Job, result: EpochResult) -> None:
     session = loop.session
     job.resumed = result.epoch - 1 if job.resumed is None else job.resumed
-    if trains_backbone(_strategy(session, job.spec)):
+    if trains(session, job.spec):
         session.study.report(result.number, result.epoch, result.score)
         job.stopped = _why_to_stop(loop, job.spec, result)
     session.pool.send(slot, Answer(go_on=not job.stopped))
@@ -89,7 +103,7 @@ def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     }
     session.store.finish_trial(session.name, done)
     epochs = done.epochs
-    if trains_backbone(_strategy(session, spec)):
+    if trains(session, spec):
         images = spec.epoch_images or session.plan.sizes.train
         epochs -= job.resumed or 0
         facts["image_seconds"] = round(done.seconds / epochs / images, 6)
@@ -98,6 +112,8 @@ def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     score = estimate(done, spec.backbone, spec.metric, session.study.trials(), val=session.plan.sizes.val)
     if done.held_out is not None:
         facts["held_out"] = done.held_out
+    if job.used is not None:
+        facts[ATTRIBUTE] = _took(loop, slot, job, job.used.bytes, fits=True)
     if done.is_pruned:
         facts["stopped"] = job.stopped
     session.study.note(
@@ -113,14 +129,23 @@ def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     forget_files(session.plan, session.study.trials())
 
 
-def _failed(loop: Loop, slot: str, job: Job, failed: TrialFailed, log_tail: str = "") -> None:
+def _took(loop: Loop, slot: str, job: Job, bytes: int | None, *, fits: bool) -> dict[str, object]:
+    at_once = images_at_once(job.spec, trains=trains(loop.session, job.spec))
+    return Took(kind_of(job.spec), at_once, fits, bytes, loop.capacity_of(slot)).to_json()
+
+
+def fail(
+    loop: Loop, slot: str, job: Job, failed: TrialFailed, log_tail: str = "", *, may_retry: bool = True
+) -> None:
     """Record a failure, and propose the trial again where that may help."""
     session, spec = loop.session, job.spec
     seconds = time.monotonic() - job.started
     facts: dict[str, Any] = {"seconds": round(seconds, 3)}
     if failed.bytes is not None:
         facts["bytes_asked"] = failed.bytes
-    again = _retry(loop, spec, failed.kind)
+    if failed.kind == OutOfMemory.kind and job.is_alone and job.stage == "runs":
+        facts[ATTRIBUTE] = _took(loop, slot, job, failed.bytes, fits=False)
+    again = _retry(loop, spec, failed.kind) if may_retry else None
     if again:
         # Before it fails: a search that is killed in between tries it again once all the same.
         more = {} if again.micro_batch is None else {"micro_batch": again.micro_batch}
@@ -142,7 +167,7 @@ def _failed(loop: Loop, slot: str, job: Job, failed: TrialFailed, log_tail: str 
 def _retry(loop: Loop, spec: TrialSpec, kind: str) -> Retry | None:
     trials = loop.session.study.trials()
     earlier = earlier_ends(trials[spec.number], trials)
-    return retry(kind, spec, earlier, trains=trains_backbone(_strategy(loop.session, spec)))
+    return retry(kind, spec, earlier, trains=trains(loop.session, spec))
 
 
 def _shown(again: Retry | None) -> str:
@@ -171,19 +196,20 @@ def _died(loop: Loop, job: Job, event: Event) -> None:
         loop.emit(Said(f"the best model so far could not be written: {event.ending}"))
         return
     kind = Hung.kind if event.hung else WorkerDied.kind
-    _failed(loop, event.slot, job, TrialFailed(job.spec.number, kind, event.ending), event.log_tail)
+    fail(loop, event.slot, job, TrialFailed(job.spec.number, kind, event.ending), event.log_tail)
 
 
 def stop_slow(loop: Loop) -> None:
     """End the trials that have taken longer than `--trial-timeout` allows."""
     limit = loop.session.config.trial_timeout_s
     for slot, job in list(loop.busy.items()):
-        if limit is None or job.is_bundle or time.monotonic() - job.started <= limit:
+        is_timed = not job.is_bundle and job.stage != "held"
+        if limit is None or not is_timed or time.monotonic() - job.started <= limit:
             continue
         log_tail = loop.session.pool.kill(slot)
         del loop.busy[slot]
         message = f"it took longer than the {limit:g} s that --trial-timeout allows"
-        _failed(loop, slot, job, TrialFailed(job.spec.number, TrialTimeout.kind, message), log_tail)
+        fail(loop, slot, job, TrialFailed(job.spec.number, TrialTimeout.kind, message), log_tail)
 
 
 def _progress(loop: Loop) -> Progress:
@@ -202,5 +228,6 @@ def _progress(loop: Loop) -> Progress:
     )
 
 
-def _strategy(session: Session, spec: TrialSpec) -> FreezeStrategy:
-    return next(s for s in session.plan.space.strategies if s.name == spec.strategy)
+def trains(session: Session, spec: TrialSpec) -> bool:
+    """Whether a trial trains the backbone."""
+    return trains_backbone(next(s for s in session.plan.space.strategies if s.name == spec.strategy))

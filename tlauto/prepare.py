@@ -25,6 +25,7 @@ from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
 from tlauto.history import read_past
+from tlauto.memory import memory_floor
 from tlauto.pace import Sizes
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
@@ -66,10 +67,11 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     """
     strategies, heads = _chosen(config, registry())
     check_trackers(config.track)
-    slots = make_slots(config.devices, config.workers)
+    slots = make_slots(config.devices, config.workers, per_device=config.per_device)
     out = _writable(Path(config.out), "workspace", "--out")
     cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
     cache_limit()  # refuses a wrong TLAUTO_CACHE_SIZE before any worker starts
+    memory_floor()  # and a wrong TLAUTO_MEMORY_FLOOR
     with contextlib.ExitStack() as undo:
         store = _open_store(storage_url(config.out, config.storage), emit)
         undo.callback(store.close)

@@ -216,6 +216,10 @@ class Store:
             # A trial that was re-queued keeps its number only when it had none: numbers are unique.
             connection.execute(_trials.insert().values(study=study, number=spec.number, **row))
 
+    def restate_trial(self, study: str, spec: TrialSpec) -> None:
+        """Record that a trial that was started runs otherwise."""
+        self._update_trial(study, spec.number, spec=to_json(spec))
+
     def add_epoch(self, study: str, result: EpochResult) -> None:
         """Record one epoch."""
         # SQLite has no NaN and stores NULL; other databases would give it back.

@@ -19,22 +19,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tlauto import pulse
-from tlauto.contracts import EpochResult, TrialFailed, TrialSpec, trains_backbone
+from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, trains_backbone
 from tlauto.data import Dataset
 from tlauto.errors import OutOfMemory, TlautoError, TrialError
+from tlauto.memory import held_bytes
 from tlauto.plugins import registry
 from tlauto.pool.beats import beat_every
+from tlauto.pool.growth import Growth, growth_here
 from tlauto.pool.protocol import (
     Answer,
     Beat,
     BundleDone,
+    Grown,
     JobFailed,
     Message,
     Note,
     Preflight,
     Ready,
     RunTrial,
+    StepTried,
     Stop,
+    TryStep,
+    Used,
     WriteBundle,
     decode,
     encode,
@@ -46,31 +52,35 @@ Receive = Callable[[], Message]
 
 def serve(receive: Receive, send: Send, device: str) -> None:
     """Do jobs until told to stop."""
+    growth = growth_here()
     send(Ready(os.getpid()))
     while not isinstance(job := receive(), Stop):
         try:
-            _do(job, receive, send, device)
-            if _used_much_memory(job):
-                _give_back_memory()
+            end = _do(job, receive, send, device)
         except TlautoError as error:
-            send(JobFailed(str(error), traceback.format_exc()))
+            end = JobFailed(str(error), traceback.format_exc())
         except Exception as error:  # noqa: BLE001 whatever a plugin or library raises is this job's failure
-            send(JobFailed(_sentence(error), traceback.format_exc()))
+            end = JobFailed(_sentence(error), traceback.format_exc())
+        _settle_memory(job, growth, send)
+        send(end)
 
 
-def _do(job: Message, receive: Receive, send: Send, device: str) -> None:
+def _do(job: Message, receive: Receive, send: Send, device: str) -> Message:
     if isinstance(job, RunTrial):
-        _run_trial(job.spec, receive, send, device)
-    elif isinstance(job, Preflight):
-        from tlauto.preflight import check_backbones
+        return _run_trial(job.spec, receive, send, device)
+    if isinstance(job, WriteBundle):
+        return _write_bundle(job, device)
+    if isinstance(job, TryStep):
+        return _try_step(job, device)
+    assert isinstance(job, Preflight)
+    from tlauto.preflight import check_backbones
 
-        send(check_backbones(job, registry(), note=lambda text: send(Note(text))))
-    elif isinstance(job, WriteBundle):
-        send(_write_bundle(job, device))
+    return check_backbones(job, registry(), note=lambda text: send(Note(text)))
 
 
-def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> None:
-    """Run a trial and send how it ended; every failure is a message, never an exception."""
+def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> TrialDone | TrialFailed:
+    """Run a trial and return how it ended; every failure is a message, never an exception."""
+    from tlauto.training import footprint
     from tlauto.training.fit import run_trial
 
     def on_epoch(result: EpochResult) -> bool:
@@ -81,33 +91,69 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> No
     try:
         Path(spec.folder).mkdir(parents=True, exist_ok=True)
         dataset = _dataset(spec.dataset)
+        footprint.begin(device)
         done = run_trial(spec, registry(), dataset, device=device, on_epoch=on_epoch)
+        send(Used(footprint.peak_bytes(device), footprint.total_bytes(device)))
+        return done
     except TrialError as error:
         asked = error.bytes if isinstance(error, OutOfMemory) else None
-        send(TrialFailed(spec.number, error.kind, str(error), traceback.format_exc(), asked))
+        return TrialFailed(spec.number, error.kind, str(error), traceback.format_exc(), asked)
     except TlautoError as error:
-        send(TrialFailed(spec.number, TrialError.kind, str(error), traceback.format_exc()))
+        return TrialFailed(spec.number, TrialError.kind, str(error), traceback.format_exc())
     except Exception as error:  # noqa: BLE001 a plugin's model may raise anything; the search goes on
         kind = OutOfMemory.kind if isinstance(error, MemoryError) else TrialError.kind
-        send(TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc()))
-    else:
-        send(done)
+        return TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc())
+
+
+def _try_step(job: TryStep, device: str) -> StepTried:
+    from tlauto.training.footprint import total_bytes, try_step
+
+    dataset = _dataset(job.spec.dataset)
+    tried = try_step(job.spec, registry(), dataset, device=device, at_once=job.at_once, most=job.most)
+    return StepTried(tried.at_once, tried.bytes, total_bytes(device))
+
+
+def _settle_memory(job: Message, growth: Growth, send: Send) -> None:
+    """Give memory back where it pays, and say when trials leave more and more of it behind."""
+    gives_back = _used_much_memory(job) or growth.is_early
+    _give_back_memory(collects=gives_back)
+    held = held_bytes() if isinstance(job, RunTrial) else None
+    if held is None:
+        return
+    if growth.is_too_much(held) and not gives_back:
+        _give_back_memory()
+        held = held_bytes() or held
+    growth.note(held)
+    if growth.is_too_much(held):
+        send(Grown(held, growth.level))
 
 
 def _used_much_memory(job: Message) -> bool:
     """Not a trial on cached features, which takes less time than collecting garbage after it would."""
-    return not isinstance(job, RunTrial) or trains_backbone(registry().strategy(job.spec.strategy))
+    if not isinstance(job, RunTrial):
+        return True
+    is_known = job.spec.strategy in registry().names("freeze_strategies")
+    return is_known and trains_backbone(registry().strategy(job.spec.strategy))
 
 
-def _give_back_memory() -> None:
-    """Return what the job freed to the system.
+def _give_back_memory(*, collects: bool = True) -> None:
+    """Return what the job freed: a GPU's to the workers beside this one, and main memory to the system.
 
     Workers keep freed blocks while a job runs, which is what makes it fast (`devices.GLIBC_TUNABLES`);
     without this the next job's blocks come on top: 8.9 GB after 16 trials that need 2 to 5 GB each.
+
+    Args:
+        collects: garbage first, and returns main memory too.
     """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
+    if collects:
+        gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
+    if collects:
+        with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 _datasets: dict[str, tuple[float, Dataset]] = {}

@@ -55,6 +55,9 @@ def _weights(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="How much to spend.  [default: balanced]")
 @click.option("--devices", metavar="auto|cpu|cuda:0,…", help="Where trials run.  [default: auto]")
 @click.option("--workers", type=int, metavar="N", help="Worker processes; 0 runs in this process.")
+@click.option(
+    "--per-device", metavar="N|auto", help="Trials at once on each GPU; auto: as fit.  [default: 1]"
+)
 @click.option("--ensemble", type=int, metavar="N", help="Most models that answer together.  [default: 4]")
 @click.option("--seed", type=int, metavar="N", help="Seed of everything.  [default: 0]")
 @click.option(

@@ -40,7 +40,8 @@ class Event:
 class Pool(Protocol):
     """Workers, one a slot. Every method returns at once except `wait`.
 
-    A worker whose trial ran out of memory or lost its device is replaced, and so is one that stands still.
+    A worker whose trial ran out of memory or lost its device is replaced, and so is one that stands still
+    or says that its memory has grown.
     """
 
     @property

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tlauto.caches import format_size
 from tlauto.contracts import TrialFailed
 from tlauto.devices import Slot
 from tlauto.errors import DeviceLost, OutOfMemory
 from tlauto.pool.base import Event
 from tlauto.pool.beats import Limits, Watch, limits_here
-from tlauto.pool.protocol import ENDS, JOBS, Beat, Message, Stop, decode, encode
+from tlauto.pool.growth import growth_here
+from tlauto.pool.protocol import ENDS, JOBS, Beat, Grown, Message, Note, Stop, decode, encode
 
 LOG_TAIL_BYTES = 4000
 
@@ -40,6 +42,7 @@ class _Worker:
     generation: int
     log_start: int
     watch: Watch
+    has_grown: bool = False
     reader: threading.Thread | None = None
 
 
@@ -58,13 +61,16 @@ class LocalPool:
         env: dict[str, str] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """Watch over workers that `send` will start. Raises: ConfigError for a wrong TLAUTO_SILENCE.
+        """Watch over workers that `send` will start.
+
+        Raises: ConfigError for a wrong TLAUTO_SILENCE or TLAUTO_WORKER_GROWTH.
 
         Args:
             logs: folder for the workers' logs.
             env: further variables for every worker.
             limits: how long a worker may stand still.
         """
+        growth_here()  # a worker that cannot read it would end with a traceback
         self._limits = limits or limits_here()
         self._looked = time.monotonic()
         self._slots = {slot.name: slot for slot in slots}
@@ -130,7 +136,7 @@ class LocalPool:
     def _start(self, name: str) -> _Worker:
         slot = self._slots[name]
         self._logs.mkdir(parents=True, exist_ok=True)
-        log = self._logs / f"worker-{name.replace(':', '-')}.log"
+        log = self._logs / f"worker-{name.replace(':', '-').replace('/', '-')}.log"
         self._generation += 1
         with log.open("ab") as errors:
             process = subprocess.Popen(
@@ -194,11 +200,24 @@ class LocalPool:
             worker.watch.heard(message.work)
             return None
         worker.watch.heard()
-        if isinstance(message, ENDS):
+        if isinstance(message, Grown):
+            worker.has_grown = True
+            return replace(event, message=Note(_said_of(message, event.slot)))
+        is_over = isinstance(message, ENDS)
+        if is_over:
             worker.watch.end()
         if isinstance(message, TrialFailed) and message.kind in SPOILING:
             return replace(event, log_tail=self.kill(event.slot))
+        if is_over and worker.has_grown:
+            self.kill(event.slot)
         return event
+
+
+def _said_of(grown: Grown, slot: str) -> str:
+    return (
+        f"the worker on {slot} held {format_size(grown.held)} of memory after a trial, and "
+        f"{format_size(grown.level)} after its first; a new one takes its place"
+    )
 
 
 def _reap(worker: _Worker) -> None:

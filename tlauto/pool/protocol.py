@@ -44,6 +44,18 @@ class RunTrial:
 
 
 @dataclass(frozen=True)
+class TryStep:
+    """Try one step of a trial that trains the backbone, with so many images at once.
+
+    With fewer if need be, but not when it may take `most` bytes because others run on its device.
+    """
+
+    spec: TrialSpec
+    at_once: int
+    most: int | None = None
+
+
+@dataclass(frozen=True)
 class WriteBundle:
     """Write a finished trial as a model bundle.
 
@@ -102,6 +114,37 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Used:
+    """Most bytes that the trial which ends next took of its device, and the device's; None is not known.
+
+    On a CPU, the bytes that its process holds, and those that the processes of this search may have.
+    """
+
+    bytes: int | None
+    total: int | None
+
+
+@dataclass(frozen=True)
+class StepTried:
+    """What a step took that was tried: bytes, with so many images at once; of the device's `total` bytes.
+
+    When that did not fit, `at_once` is None and `bytes` are what was asked for last, if known.
+    """
+
+    at_once: int | None
+    bytes: int | None
+    total: int | None
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The worker wants to be replaced after this job: it holds so many bytes, after its first so many."""
+
+    held: int
+    level: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A backbone that can be searched, or why it cannot."""
 
@@ -134,14 +177,14 @@ class JobFailed:
     detail: str = field(default="")
 
 
-JOBS = (Preflight, RunTrial, WriteBundle)
+JOBS = (Preflight, RunTrial, TryStep, WriteBundle)
 """What keeps a worker busy until it says one of `ENDS`."""
 
-ENDS = (PreflightDone, BundleDone, JobFailed, TrialDone, TrialFailed)
+ENDS = (PreflightDone, StepTried, BundleDone, JobFailed, TrialDone, TrialFailed)
 
 Message = (
-    Preflight | RunTrial | WriteBundle | Answer | Stop | Ready | Beat | Note | PreflightDone | BundleDone
-    | JobFailed | EpochResult | TrialDone | TrialFailed
+    Preflight | RunTrial | TryStep | WriteBundle | Answer | Stop | Ready | Beat | Note | Used | Grown
+    | StepTried | PreflightDone | BundleDone | JobFailed | EpochResult | TrialDone | TrialFailed
 )  # fmt: skip
 _TYPES: dict[str, Any] = {t.__name__: t for t in Message.__args__}
 

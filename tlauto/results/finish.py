@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tlauto import metrics
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, spec_from_json
+from tlauto.devices import AUTO, device_of
 from tlauto.errors import TlautoError, TrialError
 from tlauto.events import Emit, Said, Working
 from tlauto.pace import MEMBER_SHARE, PROBE_STRATEGY, refit_seconds
@@ -239,8 +240,11 @@ def _run(
     busy: dict[str, int] = {}
     results: dict[int, Message] = {}
     pool = session.pool
+    slots: Iterable[str] = pool.slots
+    if session.config.per_device == AUTO:  # nobody has measured what refits side by side need of a GPU
+        slots = {device_of(slot): slot for slot in pool.slots}.values()
     while waiting or busy:
-        for slot in pool.slots:
+        for slot in slots:
             if waiting and slot not in busy:
                 key = next(iter(waiting))
                 busy[slot] = key

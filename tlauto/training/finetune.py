@@ -34,7 +34,7 @@ def fine_tune(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     """Train epoch by epoch until done, stale or stopped by `on_epoch`; return the best epoch."""
     spec = trial.spec
     pretrained, classifier = _initialised(trial)
-    plans = _plans(trial)
+    plans = plans_of(trial)
     inputs = prefixed(trial, classifier.kind, plans) or Images(trial)
     run, best, is_pruned = Run(trial, classifier, inputs, plans), Best(spec.patience), False
     keeper = Keeper(spec, pretrained)
@@ -43,7 +43,7 @@ def fine_tune(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
         train_loss = run.epoch(epoch)
         if not trial.selects and epoch < spec.epochs:
             continue  # the test part is looked at once, at the end
-        now = trial.evaluate(_logits(classifier, inputs), epoch)
+        now = trial.evaluate(answers(classifier, inputs), epoch)
         best.add(epoch, now, classifier)
         seconds = time.perf_counter() - started
         goes_on = on_epoch(EpochResult(spec.number, epoch, now.score, train_loss, now.loss, seconds))
@@ -71,7 +71,7 @@ def _initialised(trial: Trial) -> tuple[dict[str, bytes], Classifier]:
     return pretrained, classifier.to(trial.device)
 
 
-def _plans(trial: Trial) -> list[TrainPlan]:
+def plans_of(trial: Trial) -> list[TrainPlan]:
     """What learns in each epoch, as the strategy says."""
     stages, params = trial.source.backbone.stages, trial.settings.freeze
     return [trial.strategy.plan(stages, epoch, params) for epoch in range(trial.spec.epochs)]
@@ -205,7 +205,8 @@ def soft_targets(targets: torch.Tensor, num_outputs: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _logits(classifier: Classifier, inputs: Inputs) -> torch.Tensor:
+def answers(classifier: Classifier, inputs: Inputs) -> torch.Tensor:
+    """Logits (N, K) of what there is to validate on, in order."""
     classifier.eval()
     outputs = []
     for batch in inputs.valid():
