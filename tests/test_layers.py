@@ -20,11 +20,11 @@ LAYER_1 = frozenset(
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 DATABASE = frozenset({"connections", "migrations"})
-LAYER_2 = frozenset({"store", "study", "sampler", "training", "builtin"}) | NETWORKS | DATABASE
+LAYER_2 = frozenset({"store", "study", "versions", "sampler", "training", "builtin"}) | NETWORKS | DATABASE
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "failures", "loop", "mirrored", "outcomes", "tracking"}
+    | {"continuing", "failures", "growing", "loop", "mirrored", "outcomes", "settling", "tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
@@ -49,6 +49,7 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(LAYER_1, Rule(BELOW_2, frozenset({"pluggy"}), none, IMAGES | {"rich"}))
     rules |= dict.fromkeys(DATABASE | {"store"}, Rule(BELOW_2 | DATABASE, frozenset({"sqlalchemy"})))
     rules["study"] = Rule(BELOW_2 | {"connections", "sampler"}, frozenset({"optuna"}))
+    rules["versions"] = Rule(BELOW_2 | {"study"}, frozenset({"optuna"}))
     rules["sampler"] = Rule(BELOW_2, frozenset({"optuna"}))
     rules |= dict.fromkeys(
         NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy", "safetensors"}), none, LIBRARIES)
@@ -59,7 +60,7 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training"}), LIBRARIES))
     # The worker is an entry of its own: it also writes the bundle, where torch already is.
     rules["worker"] = Rule(BELOW_2 | LAYER_3, none, frozenset({"training", "results.bundle"}), LIBRARIES)
-    below_4 = BELOW_2 | {"connections", "store", "study", "builtin"} | LAYER_3 | LAYER_4
+    below_4 = BELOW_2 | {"connections", "store", "study", "versions", "builtin"} | LAYER_3 | LAYER_4
     rules |= dict.fromkeys(LAYER_4, Rule(below_4, none, LAYER_2, LIBRARIES))
     everything = BELOW_2 | LAYER_2 | LAYER_3 | LAYER_4 | LAYER_5 | {"testing"}
     shown = LIBRARIES | {"rich", "optuna_dashboard"}
@@ -169,7 +170,7 @@ def test_only_study_imports_optuna_and_only_the_store_imports_sqlalchemy() -> No
             top = found.module.partition(".")[0]
             if top in users and not found.is_typing:
                 users[top].add(_part(file))
-    assert users["optuna"] <= {"study", "sampler"}
+    assert users["optuna"] <= {"study", "sampler", "versions"}
     assert users["sqlalchemy"] <= {"store"} | DATABASE
 
 

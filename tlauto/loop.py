@@ -19,14 +19,12 @@ class Job:
 
     Attributes:
         resumed: epochs that were done when the trial went on.
-        stopped: why the trial was told to end early.
     """
 
     spec: TrialSpec
     started: float
     is_bundle: bool = False
     resumed: int | None = None
-    stopped: str = ""
 
 
 @dataclass
