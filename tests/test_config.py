@@ -86,10 +86,18 @@ def test_a_config_survives_json() -> None:
     assert SearchConfig.from_json(config.to_json()) == config
 
 
-def test_budgets_may_change_on_resume_but_the_space_may_not() -> None:
+def test_budgets_and_what_is_searched_may_change_on_resume_but_no_other_setting() -> None:
     old = SearchConfig(data="images", trials=10)
     assert differences(old, SearchConfig(data="images", trials=20, workers=2)) == []
     assert "seed was 0 and is now 1" in differences(old, SearchConfig(data="images", seed=1))
+    named = SearchConfig(data="images", backbones=("timm:a",), heads=("mlp",))
+    assert differences(old, named) == []
+    assert (
+        differences(named, SearchConfig(data="images", backbones=("timm:a", "timm:b"), heads=("mlp",))) == []
+    )
+    assert differences(named, SearchConfig(data="images", heads=("mlp",))) == [
+        "backbones was timm:a and is now not set"
+    ]
 
 
 def test_fixed_parameters_keep_their_kinds() -> None:

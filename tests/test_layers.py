@@ -20,12 +20,13 @@ LAYER_1 = frozenset(
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 DATABASE = frozenset({"connections", "migrations"})
-OPTUNA = frozenset({"study", "sampler", "writethrough"})
+OPTUNA = frozenset({"study", "versions", "sampler", "writethrough"})
 LAYER_2 = frozenset({"store", "training", "builtin"}) | OPTUNA | NETWORKS | DATABASE
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "failures", "loop", "mirrored", "outcomes", "room", "starting", "tracking"}
+    | {"continuing", "failures", "growing", "loop", "mirrored", "outcomes", "room", "settling", "starting"}
+    | {"tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
@@ -50,6 +51,7 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(LAYER_1, Rule(BELOW_2, frozenset({"pluggy"}), none, IMAGES | {"rich"}))
     rules |= dict.fromkeys(DATABASE | {"store"}, Rule(BELOW_2 | DATABASE, frozenset({"sqlalchemy"})))
     rules["study"] = Rule(BELOW_2 | {"connections", "sampler", "writethrough"}, frozenset({"optuna"}))
+    rules["versions"] = Rule(BELOW_2 | {"study"}, frozenset({"optuna"}))
     rules["writethrough"] = Rule(BELOW_2, frozenset({"optuna", "sqlalchemy"}))
     rules["sampler"] = Rule(BELOW_2, frozenset({"optuna", "numpy"}))
     rules |= dict.fromkeys(
@@ -61,7 +63,7 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training"}), LIBRARIES))
     # The worker is an entry of its own: it also writes the bundle, where torch already is.
     rules["worker"] = Rule(BELOW_2 | LAYER_3, none, frozenset({"training", "results.bundle"}), LIBRARIES)
-    below_4 = BELOW_2 | {"connections", "store", "study", "builtin"} | LAYER_3 | LAYER_4
+    below_4 = BELOW_2 | {"connections", "store", "study", "versions", "builtin"} | LAYER_3 | LAYER_4
     rules |= dict.fromkeys(LAYER_4, Rule(below_4, none, LAYER_2, LIBRARIES))
     everything = BELOW_2 | LAYER_2 | LAYER_3 | LAYER_4 | LAYER_5 | {"testing"}
     shown = LIBRARIES | {"rich", "optuna_dashboard"}

@@ -14,10 +14,11 @@ from tlauto.pace import (
     STEP_COST,
     TRIAL_SHARE,
     WORKER_START_S,
+    Begun,
     Sizes,
     affordable_epochs,
     held_back,
-    may_screen,
+    next_to_screen,
     refit_seconds,
 )
 from tlauto.study import TrialRecord
@@ -73,16 +74,46 @@ def test_time_is_held_back_for_the_winner_the_default_and_a_new_worker() -> None
 # --- screening --------------------------------------------------------------------------------------
 
 
+NAMES = tuple("0123456789")
+
+
+def screened_next(trials: list[TrialRecord], names: tuple[str, ...] = NAMES, **given: Any) -> str | None:
+    settings: dict[str, Any] = {"spent": 0.0, "limit": None, "most": None, **given}
+    return next_to_screen(names, trials, settings.pop("begun", Begun()), **settings)
+
+
 def test_a_few_backbones_are_screened_however_little_time_there_is() -> None:
-    assert may_screen([frozen(n, str(n)) for n in range(FIRST_PROBES - 1)], 5, spent=1000, limit=10)
+    trials = [frozen(n, str(n)) for n in range(FIRST_PROBES - 1)]
+    assert screened_next(trials, spent=1000, limit=10) == NAMES[FIRST_PROBES - 1]
 
 
 def test_further_ones_are_screened_while_their_share_of_the_time_lasts() -> None:
     trials = [frozen(n, str(n), seconds=10.0) for n in range(4)]
     limit = 200.0
-    assert may_screen(trials, 3, spent=SCREEN_SHARE * limit - 10, limit=limit)
-    assert not may_screen(trials, 3, spent=SCREEN_SHARE * limit - 9, limit=limit)
-    assert not may_screen(trials, 0, spent=0, limit=limit)
+    assert screened_next(trials, spent=SCREEN_SHARE * limit - 10, limit=limit) == "4"
+    assert screened_next(trials, spent=SCREEN_SHARE * limit - 9, limit=limit) is None
+    assert screened_next(trials, NAMES[:4], spent=0, limit=limit) is None
+    assert screened_next(trials, limit=limit, most=8) is None, "half of the trials are the most"
+    assert screened_next(trials) is None, "without a limit of time a study begins with its probes"
+
+
+def test_a_later_version_screens_what_is_new_first_with_half_of_what_is_left() -> None:
+    trials = [frozen(n, str(n), seconds=10.0) for n in range(4)]
+    begun = Begun(len(trials), 100.0, ("7", "6"))
+    assert screened_next(trials, begun=begun, most=9) == "6"
+    more = [*trials, frozen(4, "6")]
+    assert screened_next(more, begun=begun, most=9) == "7"
+    assert screened_next([*more, frozen(5, "7")], begun=begun, most=9) is None
+    assert screened_next([*more, frozen(5, "7")], begun=begun, most=10) == "4"
+    assert screened_next(trials, begun=begun, most=5) == "6", "one at least"
+    assert screened_next(more, begun=begun, most=5) is None
+
+
+def test_a_later_version_has_a_share_of_the_time_that_is_left_for_screening() -> None:
+    trials = [frozen(n, str(n), seconds=10.0) for n in range(8)]
+    begun, limit = Begun(4, 100.0, ("8",)), 300.0
+    assert screened_next(trials, begun=begun, spent=100 + SCREEN_SHARE * 200 - 10, limit=limit) == "8"
+    assert screened_next(trials, begun=begun, spent=100 + SCREEN_SHARE * 200 - 9, limit=limit) is None
 
 
 # --- fine-tuning ------------------------------------------------------------------------------------

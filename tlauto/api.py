@@ -46,20 +46,18 @@ class Search:
     def leaderboard(self) -> list[Row]:
         """All trials, best first."""
         from tlauto.results.leaderboard import leaderboard
-        from tlauto.study import Study
 
-        with self._store() as store, closing(Study(store.url, self.name, seed=0, create=False)) as study:
+        with self._store() as store, closing(self._study(store)) as study:
             return leaderboard(store, study)
 
     @property
     def screening(self) -> Screening:
         """How the backbones were ranked so far, and which earlier studies the search learned from."""
         from tlauto.results.screening import screening
-        from tlauto.study import Study
 
         with self._store() as store:
             row = store.search(self.name)
-            with closing(Study(store.url, self.name, seed=0, create=False)) as study:
+            with closing(self._study(store)) as study:
                 trials = study.trials()
         return screening(row["plan"], trials, seed=json.loads(row["config"])["seed"])
 
@@ -101,6 +99,13 @@ class Search:
         with self._store() as store:
             found: dict[str, Any] | None = store.model(self.name)
             return found
+
+    def _study(self, store: Any) -> Any:
+        """The newest version of the study; the older ones' trials are in it too."""
+        from tlauto.study import Study
+
+        row = store.search(self.name) or {}
+        return Study(store.url, self.name, seed=0, create=False, version=row.get("version", 1))
 
     def _store(self) -> AbstractContextManager[Any]:
         from tlauto.store import Store, storage_url

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tlauto.config import SearchConfig
 from tlauto.contracts import BackboneInfo
 from tlauto.errors import TlautoError, UnknownNameError, WeightsError
 from tlauto.events import Emit, Said, Working
+from tlauto.plugins import registry
 from tlauto.pool.base import Pool
 from tlauto.pool.protocol import JobFailed, Note, Preflight, PreflightDone
 from tlauto.preflight import order
@@ -17,18 +20,51 @@ PREFLIGHT_TIMEOUT_S = 1800.0
 
 
 def find_candidates(
-    pool: Pool, config: SearchConfig, patterns: tuple[str, ...], emit: Emit
+    pool: Pool, config: SearchConfig, stored: Mapping[str, Any] | None, emit: Emit
 ) -> dict[str, BackboneInfo]:
     """The usable backbones by id, best prior first, found and built by the first slot's worker.
 
+    They are those that the user names, as ids or globs. Else a new study takes the best of the shortlists
+    and the weights folder. One that goes on keeps what it took then, without what is not installed any
+    more, and takes the best of what providers offer that have been installed since.
+
     Args:
-        patterns: ids or globs that the user named; empty takes the shortlists and the weights folder.
+        stored: the recorded plan of a study that goes on.
 
     Raises: UnknownNameError, WeightsError or what else preflight found.
     """
     emit(Working("checking backbones and weights"))
-    slot = pool.slots[0]
-    pool.send(slot, Preflight(patterns, config.weights_options, config.recipe.candidates))
+    if config.backbones or stored is None:
+        return _by_prior(_found(pool, config, config.backbones, emit))
+    installed = registry().names("backbone_providers")
+    kept = tuple(id for id in stored["backbones"] if id.partition(":")[0] in installed)
+    found = _found(pool, config, kept, emit) if kept else []
+    others = tuple(name for name in installed if name not in stored.get("providers", installed))
+    if others:
+        found += _found(pool, config, (), emit, providers=others)
+    if not found:
+        raise UnknownNameError(
+            f"none of the study's backbones is installed any more ({', '.join(stored['backbones'])}); "
+            f"install their plugins, or name others with --backbones"
+        )
+    return _by_prior(found)
+
+
+def _by_prior(infos: Iterable[BackboneInfo]) -> dict[str, BackboneInfo]:
+    return {info.id: info for info in order(infos)}
+
+
+def _found(
+    pool: Pool,
+    config: SearchConfig,
+    patterns: tuple[str, ...],
+    emit: Emit,
+    *,
+    providers: tuple[str, ...] = (),
+) -> list[BackboneInfo]:
+    """What a worker finds; of `providers`, there may be nothing."""
+    job = Preflight(patterns, config.weights_options, config.recipe.candidates, providers)
+    pool.send(pool.slots[0], job)
     result = _await_preflight(pool, emit)
     if result.unmatched:
         raise UnknownNameError(
@@ -37,14 +73,13 @@ def find_candidates(
     for candidate in result.candidates:
         if candidate.problem:
             raise WeightsError(candidate.problem)
-    if not result.candidates:
+    if not result.candidates and not providers:
         raise WeightsError(_no_weights(config))
     used = {candidate.status.path for candidate in result.candidates}
     for id, path in config.weights.items():
-        if str(Path(path)) not in used:
+        if str(Path(path)) not in used and not providers:
             emit(Said(f"--weights {id}={path} is not used: no backbone of this search has that id"))
-    ordered = order(candidate.info for candidate in result.candidates)
-    return {info.id: info for info in ordered}
+    return [candidate.info for candidate in result.candidates]
 
 
 def _await_preflight(pool: Pool, emit: Emit) -> PreflightDone:

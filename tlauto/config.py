@@ -136,9 +136,9 @@ class SearchConfig:
 
 
 # A resumed search must agree on these; budgets, devices and folders may change.
-IDENTITY = (
-    "task", "metric", "backbones", "strategies", "heads", "params", "preset", "seed", "pretrained", "cold",
-)  # fmt: skip
+IDENTITY = ("task", "metric", "params", "preset", "seed", "pretrained", "cold")
+# Others of these open a new version of the study (`growing`); when none are named any more, it may be a slip.
+NAMED = ("backbones", "strategies", "heads")
 PATHS = ("data", "out", "weights_dir")
 DURATIONS = ("time", "trial_timeout")
 
@@ -208,9 +208,9 @@ def parse_track(text: str) -> tuple[str, str | None]:
 def differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """A clause for each setting in which a resumed search must agree but does not."""
     clauses = []
-    for name in IDENTITY:
+    for name in (*IDENTITY, *NAMED):
         before, now = getattr(old, name), getattr(new, name)
-        if before != now:
+        if before != now and (name in IDENTITY or not now):
             clauses.append(f"{name} was {_shown(before)} and is now {_shown(now)}")
     return clauses
 

@@ -12,7 +12,7 @@ from tlauto.config import PRESETS, SearchConfig
 from tlauto.errors import DataError, TlautoError
 from tlauto.schedule import DIFFERENT, best_trial, probe_scores
 from tlauto.store import Store
-from tlauto.study import TrialRecord, trial_reader
+from tlauto.study import TrialRecord, trial_reader, versioned
 from tlauto.warm import Earlier, Past, Profile
 
 MOST = 20
@@ -94,7 +94,7 @@ def _left_out(study: str, error: Exception) -> str:
 def _earlier(
     row: Mapping[str, Any], profile: Profile, read: Callable[[str], list[TrialRecord]]
 ) -> Earlier | None:
-    trials = read(row["study"])
+    trials = read(versioned(row["study"], row["version"]))
     best, probes = best_trial(trials), probe_scores(trials)
     if best is None or best.score is None or not {"backbone", "strategy", "head"} <= set(best.params):
         return None

@@ -23,7 +23,6 @@ class Job:
 
     Attributes:
         resumed: epochs that were done when the trial went on.
-        stopped: why the trial was told to end early.
         stage: of a trial: it waits for room or is refused, a step of it is tried, or it runs.
         needs: bytes of memory that it is taken to need; None when nothing is known.
         may_try: whether a step is to be tried before it runs; tried: what that took.
@@ -36,7 +35,6 @@ class Job:
     started: float
     is_bundle: bool = False
     resumed: int | None = None
-    stopped: str = ""
     stage: Literal["held", "step", "runs"] = "runs"
     needs: float | None = None
     may_try: bool = False

@@ -45,9 +45,14 @@ def _first(connection: sa.Connection) -> None:
         connection.execute(sa.text(table.format(id=numbered)))
 
 
+def _second(connection: sa.Connection) -> None:
+    # A tlauto that knows no versions of a study must not go on with an old one.
+    connection.execute(sa.text("ALTER TABLE tlauto_searches ADD COLUMN version INTEGER NOT NULL DEFAULT 1"))
+
+
 Steps = Mapping[int, Callable[[sa.Connection], None]]
 
-MIGRATIONS: Steps = {1: _first}
+MIGRATIONS: Steps = {1: _first, 2: _second}
 """Every step by the version it leads to, never edited once released; all make the tables of `store`."""
 
 

@@ -23,7 +23,8 @@ from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, StepTried, Used
 from tlauto.prepare import Session
 from tlauto.room import ATTRIBUTE, Took, images_at_once, kind_of
-from tlauto.schedule import best_trial, counts, estimate, is_hopeless
+from tlauto.schedule import best_trial, counts, is_hopeless
+from tlauto.settling import settle
 from tlauto.study import earlier_ends
 
 BUNDLE_PAUSE = 9.0
@@ -72,10 +73,13 @@ def _learn_capacity(loop: Loop, slot: str, total: int | None) -> None:
 def _epoch(loop: Loop, slot: str, job: Job, result: EpochResult) -> None:
     session = loop.session
     job.resumed = result.epoch - 1 if job.resumed is None else job.resumed
+    stopped = ""
     if trains(session, job.spec):
         session.study.report(result.number, result.epoch, result.score)
-        job.stopped = _why_to_stop(loop, job.spec, result)
-    session.pool.send(slot, Answer(go_on=not job.stopped))
+        stopped = _why_to_stop(loop, job.spec, result)
+        if stopped and result.epoch < job.spec.epochs:
+            session.study.note(result.number, stopped=stopped)
+    session.pool.send(slot, Answer(go_on=not stopped))
     session.store.add_epoch(session.name, result)
     loop.emit(EpochEnded.of(result, slot))
 
@@ -96,34 +100,14 @@ def _why_to_stop(loop: Loop, spec: TrialSpec, result: EpochResult) -> str:
 def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     session, spec = loop.session, job.spec
     del loop.busy[slot]
-    metrics = {name: entry["value"] for name, entry in done.metrics.items()}
-    facts: dict[str, Any] = {
-        # One attribute for all: each is a transaction of its own.
-        "metrics": {name: round(value, 5) for name, value in metrics.items()}
-    }
     session.store.finish_trial(session.name, done)
-    epochs = done.epochs
-    if trains(session, spec):
-        images = spec.epoch_images or session.plan.sizes.train
-        epochs -= job.resumed or 0
-        facts["image_seconds"] = round(done.seconds / epochs / images, 6)
-    else:
-        facts["features"] = done.features
-    score = estimate(done, spec.backbone, spec.metric, session.study.trials(), val=session.plan.sizes.val)
-    if done.held_out is not None:
-        facts["held_out"] = done.held_out
-    if job.used is not None:
-        facts[ATTRIBUTE] = _took(loop, slot, job, job.used.bytes, fits=True)
-    if done.is_pruned:
-        facts["stopped"] = job.stopped
-    session.study.note(
-        done.number, val_score=done.score, val_loss=done.val_loss, seconds=round(done.seconds, 3),
-        best_epoch=done.best_epoch, epochs=epochs, trainable_params=done.trainable, **facts,
-    )  # fmt: skip
-    session.study.tell(done.number, score, is_pruned=done.is_pruned)
+    took = {ATTRIBUTE: _took(loop, slot, job, job.used.bytes, fits=True)} if job.used else {}
+    # A search that is killed from here on to the end does this when it is resumed.
+    score = settle(session.study, session.plan, spec, done, resumed=job.resumed or 0, facts=took)
     loop.failures = 0
     state = "pruned" if done.is_pruned else "complete"
-    more = {"note": f"@{done.epochs}" if done.is_pruned else "", "metrics": metrics}
+    values = {name: entry["value"] for name, entry in done.metrics.items()}
+    more = {"note": f"@{done.epochs}" if done.is_pruned else "", "metrics": values}
     loop.emit(TrialEnded.of(spec, slot, state, score, done.seconds, **more))
     loop.emit(_progress(loop))
     forget_files(session.plan, session.study.trials())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tlauto.study import TrialRecord
@@ -43,6 +44,15 @@ class Sizes(NamedTuple):
     test: int
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Where a version of a study began: with so many trials and active seconds, and these new backbones."""
+
+    trials: int = 0
+    seconds: float = 0.0
+    added: tuple[str, ...] = ()
+
+
 def held_back(trials: Sequence[TrialRecord], sizes: Sizes, *, best: int | None, members: int) -> float:
     """Seconds that the end of the search will need: refits, their test, the bundle.
 
@@ -80,14 +90,36 @@ def seconds_a_trial(trials: Sequence[TrialRecord], slots: int) -> float | None:
     return sum(times) / len(times) / slots if times else None
 
 
-def may_screen(trials: Sequence[TrialRecord], unprobed: int, *, spent: float, limit: float) -> bool:
-    """Whether there is time to screen one more backbone."""
-    if not unprobed:
-        return False
-    probes = [float(t.attrs["seconds"]) for t in trials if _is_probe(t) and "seconds" in t.attrs]
-    if len(probes) < FIRST_PROBES:
-        return True
-    return spent + statistics.median(probes) <= SCREEN_SHARE * limit
+def next_to_screen(
+    screened: Sequence[str], trials: Sequence[TrialRecord], begun: Begun, *, spent: float,
+    limit: float | None, most: int | None,
+) -> str | None:  # fmt: skip
+    """The next backbone to screen, when there is one and time and trials for it.
+
+    With a limit of trials alone the study begins with its probes, so that only a later version has any left.
+
+    Args:
+        screened: backbones in their order; what a later version added goes before the others.
+        spent: active seconds of the study so far; limit: of all; most: trials of all.
+    """
+    seen, since = _probed(trials), trials[begun.trials :]
+    rest = [backbone for backbone in screened if backbone not in seen]
+    rest.sort(key=lambda backbone: backbone not in begun.added)
+    if not rest or (limit is None and not begun.trials):
+        return None
+    if most is not None:
+        room = most - sum(t.counts for t in trials[: begun.trials])
+        if len(_probed(since)) >= max(bool(begun.trials), room // 2):
+            return None
+    probes = [float(t.attrs["seconds"]) for t in since if _is_probe(t) and "seconds" in t.attrs]
+    if limit is None or len(probes) < FIRST_PROBES:
+        return rest[0]
+    share = SCREEN_SHARE * (limit - begun.seconds)
+    return rest[0] if spent - begun.seconds + statistics.median(probes) <= share else None
+
+
+def _probed(trials: Sequence[TrialRecord]) -> set[str]:
+    return {str(t.params["backbone"]) for t in trials if _is_probe(t) and t.params}
 
 
 def affordable_epochs(

@@ -79,6 +79,7 @@ def _choose(job: Preflight, registry: Registry, note: Say) -> list[Candidate]:
     then what can be downloaded, while that works.
     """
     infos = order(offered(registry, job.weights, note))
+    infos = [info for info in infos if not job.providers or info.provider in job.providers]
     own = {info.id for info in local_backbones(infos, registry, job.weights)}
     states = {i.id: registry.provider(i.provider).weights_status(i.id, job.weights).state for i in infos}
     places = {"at_hand": 1, "downloadable": 2}

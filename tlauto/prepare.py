@@ -24,6 +24,7 @@ from tlauto.database import make_safe
 from tlauto.devices import Slot, cache_folder, make_slots
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
+from tlauto.growing import Change, begun, choices_before, decided, find_change, open_version
 from tlauto.history import read_past
 from tlauto.memory import memory_floor
 from tlauto.pace import Sizes
@@ -33,8 +34,9 @@ from tlauto.pool.inprocess import InProcessPool
 from tlauto.pool.local import LocalPool
 from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
+from tlauto.settling import settle_left
 from tlauto.store import Store, storage_url
-from tlauto.study import INTERRUPTED, Study, check_name
+from tlauto.study import Study, check_name, versioned
 from tlauto.tracking import check_trackers
 from tlauto.warm import Past
 
@@ -84,14 +86,14 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         metric, why = _metric(config, dataset)
         heads = _heads_for(dataset.task, heads, config)
         _space(config, strategies, heads, {}, dataset.task)  # refuses a wrong --set before any worker starts
-        check_name(store.url, name, create=not stored)
+        check_name(store.url, versioned(name, stored["version"] if stored else 1), create=not stored)
         pool = _make_pool(config, slots, out / name)
         undo.callback(pool.close)
-        ids = tuple(stored["plan"]["backbones"]) if stored else config.backbones
-        infos = find_candidates(pool, config, ids, emit)
+        infos = find_candidates(pool, config, stored["plan"] if stored else None, emit)
+        before = choices_before(store.url, name, stored) if stored else {}
         plan = Plan(
             config=config,
-            space=_space(config, strategies, heads, infos, dataset.task),
+            space=_space(config, strategies, heads, infos, dataset.task).ordered_like(before),
             task=dataset.task,
             metric=metric,
             dataset_file=str(out / name / "dataset.json"),
@@ -100,10 +102,12 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
             device=slots[0].device,
             sizes=Sizes(*(len(dataset.part(part)) for part in ("train", "val", "test"))),
             past=_past(config, store, stored, dataset, report, emit),
+            begun=begun(stored["plan"] if stored else None),
         )
+        change = find_change(before, plan.space, registry())
         if not stored:
             _create(store, name, plan, dataset, report, infos)
-        study = _open_study(store, name, plan)
+        study, plan = _open_study(store, name, plan, infos, change, emit)
         session = Session(config, name, store, study, dataset, infos, plan, pool)
         undo.pop_all()
         undo.callback(session.close, state="interrupted")
@@ -286,40 +290,48 @@ def _create(
 ) -> None:
     with contextlib.closing(Study(store.url, name, seed=plan.config.seed, create=True)) as study:
         study.set_metric(plan.metric)
-    decided = {
+    recorded = {
         "metric": plan.metric,
         "task": plan.task,
-        "backbones": list(plan.space.backbones),
         "past": plan.past.to_json() if plan.past else None,
-        "infos": [dataclasses.asdict(info) for info in infos.values()],
+        **decided(plan, infos),
     }
     store.create_search(
         name, config=plan.config.to_json(), dataset=dataset.to_json(), fingerprint=dataset.fingerprint,
-        root=dataset.root, report=report, plan=decided,
+        root=dataset.root, report=report, plan=recorded,
     )  # fmt: skip
 
 
-def _open_study(store: Store, name: str, plan: Plan) -> Study:
+def _open_study(
+    store: Store, name: str, plan: Plan, infos: Mapping[str, BackboneInfo], change: Change | None, emit: Emit
+) -> tuple[Study, Plan]:
     """The study, ours alone from here on, with its first points proposed and cut-off ones again."""
     config = plan.config
     store.claim(name)
     store.update_config(name, dataclasses.replace(config, study=name, new=False).to_json())
-    study = Study(store.url, name, seed=config.seed, create=True)
+    study = _study(store, name, config)
     with study.explaining():
+        settle_left(store, study, name, plan)
+        if change:
+            study.close()
+            plan, said = open_version(store, name, plan, infos, change)
+            emit(Said(said))
+            study = _study(store, name, config)
         propose_first(study, plan)
-        rows = store.trials(name)
-        for number in study.requeue_interrupted():
-            if number in rows:
-                store.fail_trial(name, number, kind=INTERRUPTED, message="the search was stopped during it")
-    return study
+    return study, plan
+
+
+def _study(store: Store, name: str, config: SearchConfig) -> Study:
+    row = store.search(name) or {}
+    return Study(store.url, name, seed=config.seed, create=True, version=row.get("version", 1))
 
 
 def propose_first(study: Study, plan: Plan) -> None:
-    """Propose the points that a study begins with, those that are missing while none has begun."""
-    there = study.trials()
-    if any(trial.state != "waiting" for trial in there):
+    """Propose the points that a new study begins with, or the rest of them after a kill."""
+    trials = study.trials()
+    if plan.begun.trials or any(trial.state != "waiting" for trial in trials):
         return
-    for params, purpose in plan.first_points(plan.config.max_trials)[len(there) :]:
+    for params, purpose in plan.first_points(plan.config.max_trials)[len(trials) :]:
         study.enqueue(without_fixed(params, plan.space), purpose=purpose)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from tlauto.pace import (
     FEWEST_IMAGES,
     FIRST_PROBES,
     PROBE_STRATEGY,
+    Begun,
     Sizes,
     affordable_epochs,
-    may_screen,
+    next_to_screen,
 )
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
@@ -49,6 +50,7 @@ class Plan:
         folder: of the study.
         sizes: images in each part.
         past: what is known of earlier searches, None when nothing is to be learned from them.
+        begun: where this version of the study began.
     """
 
     config: SearchConfig
@@ -61,6 +63,7 @@ class Plan:
     device: str
     sizes: Sizes
     past: Past | None = None
+    begun: Begun = field(default_factory=Begun)
 
     @property
     def screened(self) -> tuple[str, ...]:
@@ -86,20 +89,17 @@ class Plan:
         return points
 
     def next_probe(self, trials: Sequence[TrialRecord], *, spent: float) -> dict[str, Scalar] | None:
-        """A further backbone to screen, when a limit of time was set and there is time for it.
+        """A further backbone to screen, when a limit of time was set and there is time for it, or when
+        this version of the study has backbones that are not screened.
 
         Args:
             spent: active seconds so far.
         """
+        if not self._can_probe() or any(t.state == "waiting" for t in trials):
+            return None
         limit, most = self.config.time_s, self.config.max_trials
-        if limit is None or not self._can_probe() or any(t.state == "waiting" for t in trials):
-            return None
-        seen = {str(t.params["backbone"]) for t in trials if _is_probe(t) and t.params}
-        rest = [backbone for backbone in self.screened if backbone not in seen]
-        is_enough = most is not None and len(seen) >= most // 2
-        if is_enough or not may_screen(trials, len(rest), spent=spent, limit=limit):
-            return None
-        return self._probe(rest[0])
+        backbone = next_to_screen(self.screened, trials, self.begun, spent=spent, limit=limit, most=most)
+        return None if backbone is None else self._probe(backbone)
 
     def next_warm(
         self, trials: Sequence[TrialRecord], left: float | None
@@ -110,7 +110,8 @@ class Plan:
             left: as for `spec`.
         """
         is_early = any(t.state == "waiting" or (t.state == "running" and _is_probe(t)) for t in trials)
-        if not self.past or is_early or any(t.attrs.get("purpose") == "warm" for t in trials):
+        since = trials[self.begun.trials :]
+        if not self.past or is_early or any(t.attrs.get("purpose") == "warm" for t in since):
             return []
         return warm_points(
             self.space,
@@ -130,7 +131,9 @@ class Plan:
         """
         most = self.config.max_trials
         ranked = ranked_probes(trials)
-        return mirror_points(self.space, trials, ranked, sizes=self.sizes, left=left, most_trials=most)
+        return mirror_points(
+            self.space, trials, ranked, sizes=self.sizes, left=left, most_trials=most, since=self.begun.trials
+        )
 
     def default_recipe(self) -> dict[str, Scalar]:
         """What one would do without a search: fine-tune the best-known backbone, on a CPU its last stages."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tlauto import recipe
 from tlauto.contracts import FreezeStrategy, TaskHead, is_linear, trains_backbone
@@ -48,6 +49,33 @@ class SearchSpace:
     def names(self) -> frozenset[str]:
         """Every parameter that some point has, besides backbone, strategy and head."""
         return frozenset(name for name, _ in self._every())
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Every parameter that some point has, with backbone, strategy and head."""
+        what = {
+            "backbone": Choice(self.backbones, self.backbones[0]),
+            "strategy": _choice(self.strategies),
+            "head": _choice(self.heads),
+        }
+        return {**what, **dict(self._every())}
+
+    def ordered_like(self, choices: Mapping[str, Sequence[Scalar]]) -> SearchSpace:
+        """This space with backbones, strategies and heads in an earlier order, if they are the same."""
+
+        def placed(offers: Sequence[Any], names: Sequence[str], before: Sequence[Scalar]) -> tuple[Any, ...]:
+            if sorted(names) != sorted(map(str, before)):
+                return tuple(offers)
+            return tuple(offers[names.index(str(name))] for name in before)
+
+        return replace(
+            self,
+            backbones=placed(self.backbones, self.backbones, choices.get("backbone", ())),
+            strategies=placed(
+                self.strategies, [s.name for s in self.strategies], choices.get("strategy", ())
+            ),
+            heads=placed(self.heads, [h.name for h in self.heads], choices.get("head", ())),
+        )
 
     def walk(self, pick: Pick) -> dict[str, Scalar]:
         """One point: `pick(name, parameter)` is asked for each name that applies, in order."""

@@ -45,6 +45,7 @@ _searches = sa.Table(
     sa.Column("pid", sa.Integer),
     sa.Column("host", sa.String(200)),
     sa.Column("beat_at", sa.Float),  # last sign of life of the coordinator
+    sa.Column("version", sa.Integer, nullable=False, server_default="1"),  # of the study; see `versions`
 )
 _trials = sa.Table(
     "tlauto_trials",
@@ -129,8 +130,8 @@ class Store:
         return [row.study for row in self._rows(query)]
 
     def finished(self) -> list[dict[str, Any]]:
-        """`study`, `config`, `plan`, `fingerprint`, `report` of finished searches as text, newest first."""
-        what = (_searches.c.study, _searches.c.config, _searches.c.plan)
+        """Finished searches, newest first: study, version, fingerprint; as text config, plan and report."""
+        what = (_searches.c.study, _searches.c.version, _searches.c.config, _searches.c.plan)
         query = sa.select(*what, _datasets.c.fingerprint, _datasets.c.report)
         query = query.join(_datasets, _searches.c.dataset == _datasets.c.id)
         query = query.where(_searches.c.state == "finished").order_by(_searches.c.created_at.desc())
@@ -194,6 +195,10 @@ class Store:
     def update_config(self, study: str, config: str) -> None:
         """Remember the latest configuration (its budget may have grown)."""
         self._update(study, config=config)
+
+    def open_version(self, study: str, version: int, plan: Mapping[str, Any]) -> None:
+        """Go on with another version of a study, which is complete, by another plan."""
+        self._update(study, version=version, plan=json.dumps(plan))
 
     def add_seconds(self, study: str, seconds: float) -> None:
         """Add active time, which is also the coordinator's sign of life.

@@ -35,6 +35,13 @@ ORIGIN = ("purpose", "from_study", "micro_batch")
 PROPOSED = "fixed_params"
 """Attribute of Optuna's in which the parameters of an enqueued trial wait to be drawn."""
 
+ENDED = ("complete", "pruned", "failed", "shelved")
+"""States of trials that are over."""
+
+SHELVED, POINT = "shelved", "point"
+"""Attributes of trials that come from another version: the state they ended in; all parameters, where
+the new version's categories do not take them."""
+
 MEMORY = "memory"
 """In place of a database's URL: the study is gone with its object, as a simulation wants it."""
 
@@ -49,7 +56,8 @@ class TrialRecord:
     """One trial as the study knows it.
 
     Attributes:
-        state: waiting, running, complete, pruned or failed.
+        state: waiting, running, complete, pruned, failed, or shelved: complete or pruned, but with a
+            backbone, strategy or head that this version of the study does not search (`versions`).
         reports: score by epoch (from 1) of a trial that trains the backbone.
     """
 
@@ -63,7 +71,7 @@ class TrialRecord:
     @property
     def counts(self) -> bool:
         """Whether it counts towards the total of trials; of several attempts at one, the last does."""
-        is_over = self.state in ("complete", "pruned", "failed") and not self.attrs.get("retried")
+        is_over = self.state in ENDED and not self.attrs.get("retried")
         return is_over and self.attrs.get("error_kind") not in (INTERRUPTED, OUT_OF_TIME)
 
 
@@ -76,9 +84,14 @@ def earlier_ends(trial: TrialRecord, trials: Sequence[TrialRecord]) -> list[str]
     return ends
 
 
+def versioned(name: str, version: int) -> str:
+    """What Optuna calls a version of a study; no study of a user's can be called so."""
+    return name if version == 1 else f"{name}@{version}"
+
+
 def check_name(url: str, name: str, *, create: bool) -> None:
     """Raise StoreError when the study of that name is not ours, or is gone while `create` is False."""
-    with _opened(url) as storage, _explained(url):
+    with opened(url) as storage:
         _exists(storage, name, create=create)
 
 
@@ -98,7 +111,7 @@ def trial_reader(url: str) -> Iterator[Callable[[str], list[TrialRecord]]]:
         except (ValueError, TypeError) as error:
             raise StoreError(f"its trials cannot be read ({error!r})") from None
 
-    with _opened(url) as storage:
+    with opened(url) as storage:
         yield read
 
 
@@ -109,8 +122,9 @@ class Study:
     exist and `create` is False.
     """
 
-    def __init__(self, url: str, name: str, *, seed: int, create: bool) -> None:
+    def __init__(self, url: str, name: str, *, seed: int, create: bool, version: int = 1) -> None:
         self.name = name
+        self._stored_as = versioned(name, version)
         self.seed = seed
         self._url = url
         self._running: dict[int, optuna.Trial] = {}
@@ -119,12 +133,12 @@ class Study:
         self._storage = open_storage(url)
         with _explained(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            exists = _exists(self._storage, name, create=create)
+            exists = _exists(self._storage, self._stored_as, create=create)
             if isinstance(self._storage, optuna.storages.RDBStorage):
-                self._storage = WriteThrough(self._storage, name)
+                self._storage = WriteThrough(self._storage, self._stored_as)
             self._study = optuna.create_study(
                 storage=self._storage,
-                study_name=name,
+                study_name=self._stored_as,
                 direction="maximize",
                 # Optuna's pruners end trials; ours pause and go on (`rungs`).
                 pruner=optuna.pruners.NopPruner(),
@@ -153,7 +167,7 @@ class Study:
             # A record that is not there any more is a KeyError, or refused; so is a mistake of ours.
             if isinstance(error, KeyError) or is_conflict(error.__cause__):
                 with _explained(self._url):
-                    _exists(self._storage, self.name, create=False)
+                    _exists(self._storage, self._stored_as, create=False)
             raise
 
     # --- proposing --------------------------------------------------------------------------------
@@ -224,22 +238,27 @@ class Study:
             trial.set_user_attr("error", message)
             self._study.tell(trial, state=TrialState.FAIL)
 
+    def adopt(self) -> list[int]:
+        """Take the trials over that a dead coordinator left running; their numbers."""
+        left = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._running = {frozen.number: optuna.Trial(self._study, frozen._trial_id) for frozen in left}
+        return list(self._running)
+
     def requeue_interrupted(self) -> list[int]:
         """Fail the trials that a dead coordinator left running and propose them again, once each.
 
         Returns: their numbers.
         """
-        left = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for frozen in left:
-            self._running[frozen.number] = optuna.Trial(self._study, frozen._trial_id)
-            self.fail(frozen.number, kind=INTERRUPTED, message="the search was stopped during this trial")
+        left = self.adopt()
+        for number in left:
+            self.fail(number, kind=INTERRUPTED, message="the search was stopped during this trial")
         trials = self.trials()
         again = {trial.attrs.get("retry_of") for trial in trials}
         for trial in trials:
             is_cut_off = trial.attrs.get("error_kind") == INTERRUPTED and trial.number not in again
             if is_cut_off and self._point(trial) and INTERRUPTED not in earlier_ends(trial, trials):
                 self.requeue(trial.number, why=INTERRUPTED)
-        return [frozen.number for frozen in left]
+        return left
 
     def requeue(self, number: int, *, why: str, **attrs: Any) -> None:
         """Propose a trial again, as another one that goes on from it.
@@ -317,10 +336,12 @@ def _close(storage: optuna.storages.BaseStorage) -> None:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[optuna.storages.BaseStorage]:
+def opened(url: str) -> Iterator[optuna.storages.BaseStorage]:
+    """Optuna's tables for the length of a block; StoreError where they cannot be used."""
     storage = open_storage(url)
     try:
-        yield storage
+        with _explained(url):
+            yield storage
     finally:
         _close(storage)
 
@@ -369,6 +390,9 @@ def _suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Scalar:
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
-    state = {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
-    score = trial.user_attrs.get("score") if trial.state == TrialState.PRUNED else trial.value
-    return TrialRecord(trial.number, state, trial.params, score, trial.user_attrs, trial.intermediate_values)
+    attrs, state = trial.user_attrs, {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
+    if SHELVED in attrs:
+        state = "shelved"
+    score = attrs.get("score") if state in ("pruned", "shelved") else trial.value
+    params = attrs.get(POINT, trial.params)
+    return TrialRecord(trial.number, state, params, score, attrs, trial.intermediate_values)

@@ -29,7 +29,7 @@ from tlauto.events import (
 from tlauto.plugins import registry
 from tlauto.schedule import best_trial, counts
 from tlauto.store import Store
-from tlauto.study import TrialRecord
+from tlauto.study import ENDED, SHELVED, TrialRecord
 from tlauto.trackers import Recorder, Tracker
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _search_ended(session: Session, state: str) -> SearchEnded:
 
 def _earlier(session: Session) -> Earlier:
     """A function from the trials that a tracker has to the events of the others that earlier runs ended."""
-    ended = [t for t in session.study.trials() if t.state in ("complete", "pruned", "failed")]
+    ended = [t for t in session.study.trials() if t.state in ENDED]
     url, name = session.store.url, session.name
 
     def events(known: Collection[int]) -> Iterator[TrialEvent]:
@@ -258,11 +258,12 @@ def _story(
     kind = trial.attrs.get("error_kind", "")
     note = f"{kind}: {trial.attrs.get('error', '')}" if kind else ""
     result = row["result"] or {"metrics": {}, "seconds": trial.attrs.get("seconds", passed)}
-    if trial.state == "pruned":
+    state = trial.attrs.get(SHELVED, trial.state)
+    if state == "pruned":
         note = f"@{result.get('epochs', len(epochs))}"
     facts = {"note": note, "kind": kind, "counts": trial.counts, "metrics": _values(result["metrics"])}
     seconds = float(result["seconds"])
-    yield TrialEnded.of(spec, slot, trial.state, trial.score, seconds, at=at + seconds, **facts)
+    yield TrialEnded.of(spec, slot, state, trial.score, seconds, at=at + seconds, **facts)
 
 
 def _values(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -29,11 +29,13 @@ class Preflight:
     Attributes:
         patterns: globs over `provider:name`; empty means every shortlist and the weights folder.
         limit: most candidates wanted, best prior first; explicit patterns are not limited.
+        providers: without patterns, whose shortlists; empty means all.
     """
 
     patterns: tuple[str, ...]
     weights: WeightsOptions
     limit: int
+    providers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _restore(kind: Any, data: dict[str, Any]) -> Message:
         data["candidates"] = tuple(_candidate(entry) for entry in data["candidates"])
     if kind is WriteBundle:
         data["members"] = tuple((folder, weight) for folder, weight in data["members"])
-    for name in ("patterns", "unmatched"):
+    for name in ("patterns", "providers", "unmatched"):
         if name in data:
             data[name] = tuple(data[name])
     message: Message = kind(**data)

@@ -10,7 +10,7 @@ from typing import Any
 from tlauto.schedule import best_trial, rank
 from tlauto.space import Scalar
 from tlauto.store import Store
-from tlauto.study import INTERRUPTED, OUT_OF_TIME, Study, TrialRecord
+from tlauto.study import ENDED, INTERRUPTED, OUT_OF_TIME, Study, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Row:
     """One trial.
 
     Attributes:
-        state: waiting, running, complete, pruned or failed.
+        state: waiting, running, complete, pruned, failed, or shelved: it has a score, but a backbone,
+            strategy or head that the study does not search any more.
         score: what it is ranked by, higher is better (`schedule.estimate`); None when it has none.
         seconds: wall time of the trial, None while it runs.
         params: every parameter it ran with, by dotted name.
@@ -64,12 +65,12 @@ class Row:
     @property
     def counts(self) -> bool:
         """Whether it counts towards the total of trials."""
-        is_over = self.state in ("complete", "pruned", "failed")
+        is_over = self.state in ENDED
         return is_over and not self.is_interrupted and not self.retried
 
 
 def leaderboard(store: Store, study: Study) -> list[Row]:
-    """Rows of all trials: by score, complete before pruned, then those without one by number."""
+    """Rows of all trials: by score, complete, pruned, then shelved ones, then those without one by number."""
     records = study.trials()
     rows = store.trials(study.name)
     best = best_trial(records)
@@ -80,7 +81,7 @@ def leaderboard(store: Store, study: Study) -> list[Row]:
 
 
 def _order(trial: TrialRecord) -> tuple[int, float, float, int]:
-    place = {"complete": 0, "pruned": 1, "running": 2, "waiting": 3}.get(trial.state, 4)
+    place = {"complete": 0, "pruned": 1, "shelved": 2, "running": 3, "waiting": 4}.get(trial.state, 5)
     score, loss = rank(trial)
     return (
         (place, -score, -loss, trial.number) if trial.score is not None else (place, 0.0, 0.0, trial.number)
