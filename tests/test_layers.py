@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset(
     {"errors", "space", "contracts", "splits", "levels", "rungs", "pulse", "events", "trackers"}
+    | {"executors"}
 )
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}
@@ -24,7 +25,7 @@ LAYER_2 = frozenset({"store", "study", "sampler", "training", "builtin"}) | NETW
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "failures", "loop", "mirrored", "outcomes", "tracking"}
+    | {"continuing", "failures", "loop", "mirrored", "outcomes", "tracking", "executing"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
@@ -55,7 +56,7 @@ def _rules() -> dict[str, Rule]:
     )
     # Tasks are no plugins: training finds them by name, inside functions.
     rules["training"] = Rule(BELOW_2 | NETWORKS, LIBRARIES, frozenset({"builtin.tasks"}), LIBRARIES | ENGINES)
-    rules["builtin"] = Rule(BELOW_2, none, NETWORKS, LIBRARIES)
+    rules["builtin"] = Rule(BELOW_2, none, NETWORKS | {"pool"}, LIBRARIES)
     rules |= dict.fromkeys(LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training"}), LIBRARIES))
     # The worker is an entry of its own: it also writes the bundle, where torch already is.
     rules["worker"] = Rule(BELOW_2 | LAYER_3, none, frozenset({"training", "results.bundle"}), LIBRARIES)
@@ -71,7 +72,10 @@ def _rules() -> dict[str, Rule]:
 
 
 RULES = _rules()
-PLUGIN_PARTS = frozenset({"", "space", "contracts", "events", "trackers", "errors", "backbone", "testing"})
+PLUGIN_PARTS = frozenset(
+    {"", "space", "contracts", "events", "trackers", "errors", "backbone", "testing"}
+    | {"executors", "pool", "devices"}
+)
 
 
 @dataclass(frozen=True)
