@@ -312,8 +312,8 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
         "trials": int, "workers": int, "seed": int, "ensemble": int, "max_failures": int,
         "time_s": (int, float), "trial_timeout_s": (int, float),
         "offline": bool, "pretrained": bool, "new": bool, "cold": bool, "allow_leaks": bool,
-        "params": dict, "weights": dict, "executor_options": dict, "backbones": list, "strategies": list, "heads": list,
-        "track": list,
+        "params": dict, "weights": dict, "executor_options": dict,
+        "backbones": list, "strategies": list, "heads": list, "track": list,
     }  # fmt: skip
     kind = expected.get(name, str)
     fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

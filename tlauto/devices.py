@@ -51,7 +51,7 @@ def make_slots(devices: str = "auto", workers: int | None = None) -> tuple[Slot,
         cores = available_cores()
         count = max(1, min(8, cores // 2)) if workers is None else max(1, workers)
         threads = max(1, cores // count)
-        return tuple(Slot(f"cpu:{i}", "cpu", threads, _environment("cpu", "", threads)) for i in range(count))
+        return tuple(Slot(f"cpu:{i}", "cpu", threads, environment("cpu", "", threads)) for i in range(count))
     gpus = wanted if not workers else wanted[:workers]
     threads = max(1, available_cores() // len(gpus))
     return tuple(_gpu_slot(name, threads) for name in gpus)
@@ -87,6 +87,28 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(len(lines))] if found.returncode == 0 else []
 
 
+def environment(device: str, gpu: str, threads: int) -> dict[str, str]:
+    """The environment of a worker on a device.
+
+    Args: device: as torch calls it; gpu: the one it sees, as CUDA_VISIBLE_DEVICES names it; empty is none.
+    """
+    env = {
+        "CUDA_VISIBLE_DEVICES": gpu,
+        "KERAS_BACKEND": "torch",
+        "KERAS_TORCH_DEVICE": device,
+        "TLAUTO_THREADS": str(threads),
+        "PYTHONHASHSEED": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is deterministic only with it
+    }
+    # Threads that wait do not spin: a spinning one takes the core from whoever it waits for as soon as
+    # anything else runs. A linear head took 0.9 s instead of 0.07 s beside one busy process.
+    env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    env |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        env["GLIBC_TUNABLES"] = GLIBC_TUNABLES
+    return env
+
+
 def _devices(text: str) -> list[str]:
     gpus = visible_gpus()
     if text == "auto":
@@ -110,24 +132,6 @@ def _devices(text: str) -> list[str]:
 
 def _gpu_slot(name: str, threads: int) -> Slot:
     if name == "mps":
-        return Slot("mps", "mps", threads, _environment("mps", "", threads))
+        return Slot("mps", "mps", threads, environment("mps", "", threads))
     gpu = visible_gpus()[int(name.partition(":")[2])]
-    return Slot(name, "cuda", threads, _environment("cuda", gpu, threads))
-
-
-def _environment(device: str, gpu: str, threads: int) -> dict[str, str]:
-    env = {
-        "CUDA_VISIBLE_DEVICES": gpu,
-        "KERAS_BACKEND": "torch",
-        "KERAS_TORCH_DEVICE": device,
-        "TLAUTO_THREADS": str(threads),
-        "PYTHONHASHSEED": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is deterministic only with it
-    }
-    # Threads that wait do not spin: a spinning one takes the core from whoever it waits for as soon as
-    # anything else runs. A linear head took 0.9 s instead of 0.07 s beside one busy process.
-    env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    env |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        env["GLIBC_TUNABLES"] = GLIBC_TUNABLES
-    return env
+    return Slot(name, "cuda", threads, environment("cuda", gpu, threads))
