@@ -65,7 +65,8 @@ def _rules() -> dict[str, Rule]:
     everything = BELOW_2 | LAYER_2 | LAYER_3 | LAYER_4 | LAYER_5 | {"testing"}
     shown = LIBRARIES | {"rich", "optuna_dashboard"}
     rules |= dict.fromkeys(LAYER_5, Rule(BELOW_2 | LAYER_5, frozenset({"click"}), everything, shown))
-    rules["testing"] = Rule(BELOW_2 | NETWORKS | {"testing"}, LIBRARIES | {"pytest"}, LAYER_2, LIBRARIES)
+    suites = BELOW_2 | NETWORKS | {"pool", "testing"}
+    rules["testing"] = Rule(suites, LIBRARIES | {"pytest"}, LAYER_2, LIBRARIES)
     rules["__init__"] = Rule(LAYER_0 | {"hookspecs"}, none, frozenset({"api"}))
     rules["__main__"] = Rule(frozenset({"cli"}))
     return rules
