@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset(
     {"errors", "space", "contracts", "splits", "levels", "rungs", "pulse", "events", "trackers"}
+    | {"executors"}
 )
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}
@@ -25,8 +26,8 @@ LAYER_2 = frozenset({"store", "training", "builtin"}) | OPTUNA | NETWORKS | DATA
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
-    | {"continuing", "failures", "growing", "loop", "mirrored", "outcomes", "room", "settling", "starting"}
-    | {"tracking"}
+    | {"continuing", "executing", "failures", "growing", "loop", "mirrored", "outcomes", "room", "settling"}
+    | {"starting", "tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1
@@ -59,7 +60,7 @@ def _rules() -> dict[str, Rule]:
     )
     # Tasks are no plugins: training finds them by name, inside functions.
     rules["training"] = Rule(BELOW_2 | NETWORKS, LIBRARIES, frozenset({"builtin.tasks"}), LIBRARIES | ENGINES)
-    rules["builtin"] = Rule(BELOW_2, none, NETWORKS, LIBRARIES)
+    rules["builtin"] = Rule(BELOW_2, none, NETWORKS | {"pool"}, LIBRARIES)
     rules |= dict.fromkeys(LAYER_3, Rule(BELOW_2 | LAYER_3, none, frozenset({"training"}), LIBRARIES))
     # The worker is an entry of its own: it also writes the bundle, where torch already is.
     rules["worker"] = Rule(BELOW_2 | LAYER_3, none, frozenset({"training", "results.bundle"}), LIBRARIES)
@@ -68,14 +69,18 @@ def _rules() -> dict[str, Rule]:
     everything = BELOW_2 | LAYER_2 | LAYER_3 | LAYER_4 | LAYER_5 | {"testing"}
     shown = LIBRARIES | {"rich", "optuna_dashboard"}
     rules |= dict.fromkeys(LAYER_5, Rule(BELOW_2 | LAYER_5, frozenset({"click"}), everything, shown))
-    rules["testing"] = Rule(BELOW_2 | NETWORKS | {"testing"}, LIBRARIES | {"pytest"}, LAYER_2, LIBRARIES)
+    suites = BELOW_2 | NETWORKS | {"pool", "testing"}
+    rules["testing"] = Rule(suites, LIBRARIES | {"pytest"}, LAYER_2, LIBRARIES)
     rules["__init__"] = Rule(LAYER_0 | {"hookspecs"}, none, frozenset({"api"}))
     rules["__main__"] = Rule(frozenset({"cli"}))
     return rules
 
 
 RULES = _rules()
-PLUGIN_PARTS = frozenset({"", "space", "contracts", "events", "trackers", "errors", "backbone", "testing"})
+PLUGIN_PARTS = frozenset(
+    {"", "space", "contracts", "events", "trackers", "errors", "backbone", "testing"}
+    | {"executors", "pool", "devices"}
+)
 
 
 @dataclass(frozen=True)

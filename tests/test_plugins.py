@@ -110,7 +110,7 @@ BROKEN = {
     ),
     "implements an unknown hook": (
         "import tlauto\n@tlauto.hookimpl\ndef xyz():\n    return []",
-        "which is no hook (hooks: backbone_providers, freeze_strategies, task_heads, trackers)",
+        "which is no hook (hooks: backbone_providers, freeze_strategies, task_heads, trackers, executors)",
     ),
     "asks for an argument": (
         "import tlauto\n@tlauto.hookimpl\ndef task_heads(config):\n    return []",

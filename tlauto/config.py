@@ -63,8 +63,9 @@ class SearchConfig:
     `trials` and `time_s` (seconds) are totals over all runs of the study; None leaves that side
     open. A trial may take `trial_timeout_s` seconds, None as long as it likes; `max_failures` in a row end
     the search. `params` fixes parameters by their dotted names. At most `ensemble` models answer together.
-    `per_device` is a number or `auto`. `cold` learns nothing from the workspace's earlier searches.
-    `track` names trackers, each with where it records after an `=`, if not in the study's folder.
+    `per_device` is a number or `auto`. Trials run where `executor` says, which has options of its own.
+    `cold` learns nothing from the workspace's earlier searches. `track` names trackers, each with
+    where it records after an `=`, if not in the study's folder.
     """
 
     data: str
@@ -93,6 +94,8 @@ class SearchConfig:
     storage: str | None = None
     new: bool = False
     cold: bool = False
+    executor: str = "local"
+    executor_options: Mapping[str, str] = field(default_factory=dict)
     track: tuple[str, ...] = ()
     allow_leaks: bool = False
     label_column: str | None = None
@@ -141,6 +144,7 @@ IDENTITY = ("task", "metric", "params", "preset", "seed", "pretrained", "cold")
 NAMED = ("backbones", "strategies", "heads")
 PATHS = ("data", "out", "weights_dir")
 DURATIONS = ("time", "trial_timeout")
+TEXTS = ("weights", "executor_options")
 
 
 def resolve(flags: Mapping[str, Any], *, folder: Path | None = None) -> SearchConfig:
@@ -191,6 +195,19 @@ def parse_params(pairs: tuple[str, ...]) -> dict[str, Scalar]:
     return params
 
 
+def parse_options(pairs: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=VALUE` pairs as a mapping; raises ConfigError for what is none, and for a name given twice."""
+    options: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"--executor-option '{pair}' is not NAME=VALUE, for example address=auto")
+        if name in options:
+            raise ConfigError(f"the executor's option '{name}' is given twice; give it once")
+        options[name] = value
+    return options
+
+
 def without_password(url: str) -> str:
     """A database URL to show and to record: `***` in place of the password, also where it is misspelt."""
     shown = re.sub(r":(?!//).*@", ":***@", url, flags=re.DOTALL)
@@ -238,6 +255,10 @@ def _check(config: SearchConfig) -> None:
     refuse(
         config.per_device is not None and not re.fullmatch(r"auto|[1-9]|1[0-6]", config.per_device),
         f"--per-device must be auto or from 1 to 16, not {config.per_device}",
+    )
+    refuse(
+        config.workers == 0 and config.executor not in ("local", "in-process"),
+        f"--workers 0 runs the trials in this process; leave it or --executor {config.executor} out",
     )
     refuse(
         not 1 <= config.ensemble <= 16,
@@ -298,12 +319,12 @@ def _toml_value(path: Path, key: str, value: Any, known: set[str]) -> tuple[str,
         "trials": int, "workers": int, "seed": int, "ensemble": int, "max_failures": int,
         "per_device": (int, str), "time_s": (int, float), "trial_timeout_s": (int, float),
         "offline": bool, "pretrained": bool, "new": bool, "cold": bool, "allow_leaks": bool,
-        "params": dict, "weights": dict, "backbones": list, "strategies": list, "heads": list,
-        "track": list,
+        "params": dict, "weights": dict, "executor_options": dict,
+        "backbones": list, "strategies": list, "heads": list, "track": list,
     }  # fmt: skip
     kind = expected.get(name, str)
     fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    parts = value if isinstance(value, list) else value.values() if name == "weights" and fits else ()
+    parts = value if isinstance(value, list) else value.values() if name in TEXTS and fits else ()
     if not fits or not all(isinstance(part, str) for part in parts):
         raise ConfigError(f"{path}: '{key}' is {value!r}, which is not the kind of value it takes")
     return name, tuple(value) if isinstance(value, list) else value

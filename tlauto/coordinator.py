@@ -61,7 +61,7 @@ def run(config: SearchConfig, *, emit: Emit = ignore, session: Session | None = 
 def _search(loop: Loop) -> None:
     while not loop.interrupted.is_set() and not loop.hopeless:
         _fill(loop)
-        if not loop.busy:
+        if not loop.busy and loop.session.pool.slots:
             return
         for event in loop.session.pool.wait(0.25):
             handle(loop, event)
@@ -170,10 +170,10 @@ def _cut_off(loop: Loop) -> None:
 
 def _leave_best(loop: Loop) -> None:
     """Write the best model so far, if it is not written, before the search ends with an error."""
-    slot = loop.session.pool.slots[0]
     loop.bundling, loop.may_bundle_at = None, 0.0
-    _keep_best(loop, slot)
-    while slot in loop.busy and not loop.interrupted.is_set():
+    for slot in loop.session.pool.slots[:1]:
+        _keep_best(loop, slot)
+    while loop.busy and not loop.interrupted.is_set():
         for event in loop.session.pool.wait(0.25):
             handle(loop, event)
 

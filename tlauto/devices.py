@@ -67,7 +67,7 @@ def make_slots(
     if wanted == ["cpu"]:
         count = max(1, min(8, cores // 2)) if workers is None else max(1, workers)
         threads = max(1, cores // count)
-        return tuple(Slot(f"cpu:{i}", "cpu", threads, _environment("cpu", "", threads)) for i in range(count))
+        return tuple(Slot(f"cpu:{i}", "cpu", threads, environment("cpu", "", threads)) for i in range(count))
     each = _slots_each(per_device, cores // len(wanted))
     names = [f"{name}/{i}" if each > 1 else name for i in range(each) for name in wanted]
     names = names if workers is None else names[: max(1, workers)]
@@ -84,6 +84,11 @@ def device_of(slot: str) -> str:
 def is_gpu(slot: str) -> bool:
     """Whether a slot of this name is on a GPU of its own memory."""
     return slot.startswith("cuda:")
+
+
+def is_here(slot: str) -> bool:
+    """Whether a slot of this name is on this machine, not on a node of a cluster."""
+    return slot.partition(":")[0] in ("cpu", "cuda", "mps")
 
 
 def cache_folder() -> Path:
@@ -114,6 +119,28 @@ def visible_gpus() -> list[str]:
         return []
     lines = [line for line in found.stdout.splitlines() if line.startswith("GPU ")]
     return [str(i) for i in range(len(lines))] if found.returncode == 0 else []
+
+
+def environment(device: str, gpu: str, threads: int) -> dict[str, str]:
+    """The environment of a worker on a device.
+
+    Args: device: as torch calls it; gpu: the one it sees, as CUDA_VISIBLE_DEVICES names it; empty is none.
+    """
+    env = {
+        "CUDA_VISIBLE_DEVICES": gpu,
+        "KERAS_BACKEND": "torch",
+        "KERAS_TORCH_DEVICE": device,
+        "TLAUTO_THREADS": str(threads),
+        "PYTHONHASHSEED": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is deterministic only with it
+    }
+    # Threads that wait do not spin: a spinning one takes the core from whoever it waits for as soon as
+    # anything else runs. A linear head took 0.9 s instead of 0.07 s beside one busy process.
+    env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    env |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        env["GLIBC_TUNABLES"] = GLIBC_TUNABLES
+    return env
 
 
 def _devices(text: str) -> list[str]:
@@ -162,24 +189,6 @@ def _slots_each(per_device: str | None, cores: int) -> int:
 
 def _gpu_slot(name: str, threads: int) -> Slot:
     if name == "mps":
-        return Slot("mps", "mps", threads, _environment("mps", "", threads))
+        return Slot("mps", "mps", threads, environment("mps", "", threads))
     gpu = visible_gpus()[int(device_of(name).partition(":")[2])]
-    return Slot(name, "cuda", threads, _environment("cuda", gpu, threads))
-
-
-def _environment(device: str, gpu: str, threads: int) -> dict[str, str]:
-    env = {
-        "CUDA_VISIBLE_DEVICES": gpu,
-        "KERAS_BACKEND": "torch",
-        "KERAS_TORCH_DEVICE": device,
-        "TLAUTO_THREADS": str(threads),
-        "PYTHONHASHSEED": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is deterministic only with it
-    }
-    # Threads that wait do not spin: a spinning one takes the core from whoever it waits for as soon as
-    # anything else runs. A linear head took 0.9 s instead of 0.07 s beside one busy process.
-    env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    env |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        env["GLIBC_TUNABLES"] = GLIBC_TUNABLES
-    return env
+    return Slot(name, "cuda", threads, environment("cuda", gpu, threads))

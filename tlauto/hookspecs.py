@@ -5,6 +5,7 @@ from __future__ import annotations
 import pluggy
 
 from tlauto.contracts import BackboneProvider, FreezeStrategy, TaskHead
+from tlauto.executors import Executor
 from tlauto.trackers import Tracker
 
 hookspec = pluggy.HookspecMarker("tlauto")
@@ -50,4 +51,15 @@ def trackers() -> list[Tracker]:  # type: ignore[empty-body]
     state and must not import the tracker's library or torch. A tracker records only where the user
     names it. All answers are kept; two trackers with one name raise DuplicateNameError. An exception
     marks the plugin as broken and the rest are still asked.
+    """
+
+
+@hookspec
+def executors() -> list[Executor]:  # type: ignore[empty-body]
+    """Executors this plugin offers.
+
+    Called once per process, in the coordinator and again in each worker, so it must not depend on
+    state and must not import the executor's library or torch. One is used where the user names it.
+    All answers are kept; two executors with one name raise DuplicateNameError. An exception marks the
+    plugin as broken and the rest are still asked.
     """

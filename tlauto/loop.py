@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tlauto.contracts import TrialSpec
-from tlauto.devices import device_of, is_gpu
+from tlauto.devices import device_of, is_gpu, is_here
 from tlauto.events import Emit
 from tlauto.memory import capacity_bytes
 from tlauto.pace import held_back
@@ -87,7 +87,9 @@ class Loop:
 
     def capacity_of(self, slot: str) -> int | None:
         """Bytes of memory that a trial may have on a slot's device; None when nobody has told."""
-        return self.capacity.get(device_of(slot)) or (None if is_gpu(slot) else capacity_bytes())
+        return self.capacity.get(device_of(slot)) or (
+            capacity_bytes() if is_here(slot) and not is_gpu(slot) else None
+        )
 
     def spent(self) -> float:
         """Active seconds, earlier runs included."""

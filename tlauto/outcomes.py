@@ -205,7 +205,7 @@ def _progress(loop: Loop) -> Progress:
         pruned=now["pruned"],
         failed=now["failed"],
         max_trials=session.config.max_trials,
-        seconds_a_trial=seconds_a_trial(trials, len(session.pool.slots)),
+        seconds_a_trial=seconds_a_trial(trials, max(1, len(session.pool.slots))),
         seconds_left=loop.seconds_left(),
         best_number=best.number if best else None,
         best_score=best.score if best else None,

@@ -17,17 +17,20 @@ import pluggy
 from tlauto import hookspecs
 from tlauto.contracts import BackboneProvider, FreezeStrategy, TaskHead
 from tlauto.errors import ConfigError, DuplicateNameError, PluginLoadError, UnknownNameError, did_you_mean
+from tlauto.executors import Executor
 from tlauto.space import Parameter
 from tlauto.trackers import Tracker
 
 ENTRY_POINT_GROUP = "tlauto"
 BUILTIN = ("tlauto.builtin.timm_provider", "tlauto.builtin.torchvision_provider",
-           "tlauto.builtin.keras_provider", "tlauto.builtin.freezing", "tlauto.builtin.heads")  # fmt: skip
+           "tlauto.builtin.keras_provider", "tlauto.builtin.freezing", "tlauto.builtin.heads",
+           "tlauto.builtin.executors")  # fmt: skip
 CORE_HOOKS = {
     "backbone_providers": "provider",
     "freeze_strategies": "strategy",
     "task_heads": "head",
     "trackers": "tracker",
+    "executors": "executor",
 }
 """Hooks and the word for what each offers."""
 CONTRACTS: dict[str, type] = {
@@ -35,6 +38,7 @@ CONTRACTS: dict[str, type] = {
     "freeze_strategies": FreezeStrategy,
     "task_heads": TaskHead,
     "trackers": Tracker,
+    "executors": Executor,
 }
 
 
@@ -90,6 +94,11 @@ class Registry:
     def tracker(self, name: str) -> Tracker:
         """The tracker of that name; raises UnknownNameError."""
         value: Tracker = self._get("trackers", name).value
+        return value
+
+    def executor(self, name: str) -> Executor:
+        """The executor of that name; raises UnknownNameError."""
+        value: Executor = self._get("executors", name).value
         return value
 
     def names(self, hook: str) -> tuple[str, ...]:

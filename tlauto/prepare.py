@@ -21,17 +21,16 @@ from tlauto.connections import sqlite_file
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
 from tlauto.data import Dataset, load_dataset, memory_file
 from tlauto.database import make_safe
-from tlauto.devices import Slot, cache_folder, make_slots
+from tlauto.devices import cache_folder
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
+from tlauto.executing import choose_executor
 from tlauto.growing import Change, begun, choices_before, decided, find_change, open_version
 from tlauto.history import read_past
 from tlauto.memory import memory_floor
 from tlauto.pace import Sizes
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
-from tlauto.pool.inprocess import InProcessPool
-from tlauto.pool.local import LocalPool
 from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.settling import settle_left
@@ -69,9 +68,9 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     """
     strategies, heads = _chosen(config, registry())
     check_trackers(config.track)
-    slots = make_slots(config.devices, config.workers, per_device=config.per_device)
     out = _writable(Path(config.out), "workspace", "--out")
     cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
+    executor, wanted = choose_executor(config, out=out, cache=cache)
     cache_limit()  # refuses a wrong TLAUTO_CACHE_SIZE before any worker starts
     memory_floor()  # and a wrong TLAUTO_MEMORY_FLOOR
     with contextlib.ExitStack() as undo:
@@ -87,7 +86,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         heads = _heads_for(dataset.task, heads, config)
         _space(config, strategies, heads, {}, dataset.task)  # refuses a wrong --set before any worker starts
         check_name(store.url, versioned(name, stored["version"] if stored else 1), create=not stored)
-        pool = _make_pool(config, slots, out / name)
+        pool = executor.open(dataclasses.replace(wanted, folder=out / name))
         undo.callback(pool.close)
         infos = find_candidates(pool, config, stored["plan"] if stored else None, emit)
         before = choices_before(store.url, name, stored) if stored else {}
@@ -99,7 +98,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
             dataset_file=str(out / name / "dataset.json"),
             folder=out / name,
             cache=cache,
-            device=slots[0].device,
+            device=pool.device,
             sizes=Sizes(*(len(dataset.part(part)) for part in ("train", "val", "test"))),
             past=_past(config, store, stored, dataset, report, emit),
             begun=begun(stored["plan"] if stored else None),
@@ -269,17 +268,6 @@ def _what_changed(study: str, path: str, old: Dataset, new: Dataset) -> str:
         f"the dataset {path} changed since study '{study}' began ({len(now - before)} images new or changed, "
         f"{len(before - now)} gone or changed); use --new to search the changed data, or restore it"
     )
-
-
-# --- workers and backbones --------------------------------------------------------------------------
-
-
-def _make_pool(config: SearchConfig, slots: Sequence[Slot], folder: Path) -> Pool:
-    # Read when huggingface_hub is imported, so it must stand in the environment from the start.
-    env = {"HF_HUB_OFFLINE": "1"} if config.offline else {}
-    if config.workers == 0:
-        return InProcessPool(slots[0], env=env)
-    return LocalPool(slots, logs=folder / "logs", env=env)
 
 
 # --- the study --------------------------------------------------------------------------------------

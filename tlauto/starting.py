@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tlauto.caches import format_size
 from tlauto.contracts import TrialFailed, TrialSpec
-from tlauto.devices import AUTO, device_of, is_gpu
+from tlauto.devices import AUTO, device_of, is_gpu, is_here
 from tlauto.errors import OutOfMemory
 from tlauto.events import Said, TrialStarted
 from tlauto.loop import Job, Loop
@@ -26,7 +26,7 @@ def must_wait(loop: Loop, slot: str) -> bool:
     """
     if any(job.stage == "held" for job in loop.beside(slot)):
         return True
-    return any(not job.is_bundle for job in loop.busy.values()) and _is_short(loop)
+    return is_here(slot) and any(not job.is_bundle for job in loop.busy.values()) and _is_short(loop)
 
 
 def begin(loop: Loop, slot: str, spec: TrialSpec, trials: Sequence[TrialRecord]) -> None:
@@ -94,6 +94,8 @@ def _fits(loop: Loop, slot: str, tried: StepTried) -> bool:
 def _has_room(loop: Loop, slot: str, left: float | None) -> bool:
     """Whether a trial, or a step of it that is tried, may start beside those that run on its device."""
     job = loop.busy[slot]
+    if not is_here(slot):
+        return True
     if not is_gpu(slot):
         system = available_bytes()
         return job.needs is None or system is None or system - job.needs >= memory_floor()
@@ -123,7 +125,7 @@ def _divide(loop: Loop, job: Job, at_once: int) -> None:
 
 
 def _place(slot: str) -> str:
-    return device_of(slot) if is_gpu(slot) else "this machine"
+    return "this machine" if is_here(slot) and not is_gpu(slot) else device_of(slot)
 
 
 def _refuse(loop: Loop, slot: str, message: str, asked: int | None = None) -> None:

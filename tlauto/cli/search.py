@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tlauto.config import PRESETS, TASKS, parse_params, parse_seconds
+from tlauto.config import PRESETS, TASKS, parse_options, parse_params, parse_seconds
 
 EPILOG = """\b
 Examples:
@@ -58,6 +58,11 @@ def _weights(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...
 @click.option(
     "--per-device", metavar="N|auto", help="Trials at once on each GPU; auto: as fit.  [default: 1]"
 )
+@click.option("--executor", metavar="NAME", help="What runs the workers.  [default: local, this machine]")
+@click.option(
+    "--executor-option", multiple=True, metavar="NAME=VALUE", help="A setting of the executor's own."
+)
+@click.option("--ray-address", metavar="auto|HOST:PORT", help="--executor-option address=…, for ray.")
 @click.option("--ensemble", type=int, metavar="N", help="Most models that answer together.  [default: 4]")
 @click.option("--seed", type=int, metavar="N", help="Seed of everything.  [default: 0]")
 @click.option(
@@ -79,7 +84,10 @@ def _weights(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...
 @click.option("--group-column", metavar="NAME", help="Column whose groups must stay in one split.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def command(resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], **flags: Any) -> int:
+def command(
+    resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], executor_option: tuple[str, ...],
+    ray_address: str | None, **flags: Any,
+) -> int:  # fmt: skip
     """Find the best model for a folder of images.
 
     Screens the backbones, searches over backbone, freezing, head, optimizer and augmentation,
@@ -94,6 +102,9 @@ def command(resume: bool, as_json: bool, quiet: bool, params: tuple[str, ...], *
     if resume and flags["new"]:
         raise click.UsageError("--resume and --new exclude each other")
     flags["params"] = parse_params(params) or None
+    if ray_address is not None:
+        executor_option = (*executor_option, f"address={ray_address}")
+    flags["executor_options"] = parse_options(executor_option) or None
     for name in ("time_s", "trial_timeout_s"):
         flags[name] = None if flags[name] is None else parse_seconds(flags[name])
     flags["track"] = flags["track"] or None

@@ -16,7 +16,7 @@ class Event:
     Attributes:
         slot: the slot's name.
         message: what it said; None when the worker ended.
-        exitcode: how it ended, negative for a signal.
+        exitcode: how it ended, negative for a signal; None when its machine is gone and nobody knows.
         log_tail: the last lines of its log when it ended, or had to be replaced after what it said.
         hung: why it was taken to stand still and killed; empty when it ended by itself.
     """
@@ -33,7 +33,9 @@ class Event:
         if self.hung:
             return f"the worker process {self.hung}"
         code = self.exitcode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        if code is None:
+            return "the worker process was lost with its machine"
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return f"the worker process ended with {how}"
 
 
@@ -46,7 +48,16 @@ class Pool(Protocol):
 
     @property
     def slots(self) -> Sequence[str]:
-        """Names of the slots."""
+        """Names of the slots that can take a job.
+
+        They may change where machines come and go, and for a while there may be none: then `wait` goes on
+        until there are some again, and raises TlautoError when it has waited long enough.
+        """
+        ...
+
+    @property
+    def device(self) -> str:
+        """What torch calls the device of every slot: `cpu`, `cuda` or `mps`."""
         ...
 
     def send(self, slot: str, message: Message) -> None:

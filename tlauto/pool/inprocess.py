@@ -34,6 +34,11 @@ class InProcessPool:
         """The one slot's name."""
         return (self._slot.name,)
 
+    @property
+    def device(self) -> str:
+        """What torch calls its device."""
+        return self._slot.device
+
     def send(self, slot: str, message: Message) -> None:
         """Queue a job or an answer."""
         if self._thread is None:

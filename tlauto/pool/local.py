@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from tlauto.caches import format_size
 from tlauto.contracts import TrialFailed
@@ -35,9 +37,81 @@ REAP_S = 5.0
 """How long a killed process is waited for. One that hangs in a driver goes when the kernel lets it."""
 
 
+class Input(Protocol):
+    """Where a worker reads its jobs."""
+
+    def write(self, text: str, /) -> object:
+        """Write what `flush` will send."""
+        ...
+
+    def flush(self) -> object:
+        """Send what was written; raises OSError when the worker is gone."""
+        ...
+
+    def close(self) -> object:
+        """Tell the worker that nothing more will come."""
+        ...
+
+
+class Output(Protocol):
+    """What a worker says."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def close(self) -> object:
+        """Listen no more."""
+        ...
+
+
+class Process(Protocol):
+    """A worker's process: what a pool uses of `subprocess.Popen`, so that it may run elsewhere."""
+
+    @property
+    def pid(self) -> int:
+        """Its id on its machine."""
+        ...
+
+    @property
+    def stdin(self) -> Input | None:
+        """Jobs and answers, a line of JSON each."""
+        ...
+
+    @property
+    def stdout(self) -> Output | None:
+        """Messages, a line of JSON each, to the end of the process."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """How it ended, None when nobody knows; raises subprocess.TimeoutExpired."""
+        ...
+
+    def kill(self) -> None:
+        """End it by force."""
+        ...
+
+
+Launch = Callable[[Slot, Path], Process]
+"""Starts the worker of a slot, which appends what libraries print to a log file."""
+
+
+def start_process(slot: Slot, log: Path, *, env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start the worker of a slot on this machine; `env` goes over the slot's variables."""
+    with log.open("ab") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tlauto.worker", slot.device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, **slot.env, **env},
+            start_new_session=True,  # Ctrl-C is for the coordinator, which decides what stops
+        )
+
+
 @dataclass
 class _Worker:
-    process: subprocess.Popen[str]
+    process: Process
     log: Path
     generation: int
     log_start: int
@@ -58,8 +132,9 @@ class LocalPool:
         slots: Sequence[Slot],
         *,
         logs: Path,
-        env: dict[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
         limits: Limits | None = None,
+        launch: Launch | None = None,
     ) -> None:
         """Watch over workers that `send` will start.
 
@@ -69,13 +144,14 @@ class LocalPool:
             logs: folder for the workers' logs.
             env: further variables for every worker.
             limits: how long a worker may stand still.
+            launch: starts a worker's process; by default on this machine.
         """
         growth_here()  # a worker that cannot read it would end with a traceback
         self._limits = limits or limits_here()
         self._looked = time.monotonic()
         self._slots = {slot.name: slot for slot in slots}
         self._logs = logs
-        self._env = env or {}
+        self._launch = launch or functools.partial(start_process, env=env or {})
         self._workers: dict[str, _Worker] = {}
         self._events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         self._generation = 0
@@ -84,6 +160,11 @@ class LocalPool:
     def slots(self) -> Sequence[str]:
         """Names of the slots."""
         return tuple(self._slots)
+
+    @property
+    def device(self) -> str:
+        """What torch calls the device of the slots, which are of one kind."""
+        return next(iter(self._slots.values())).device
 
     def send(self, slot: str, message: Message) -> None:
         """Write a line to the slot's worker, starting one when there is none."""
@@ -138,18 +219,8 @@ class LocalPool:
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"worker-{name.replace(':', '-').replace('/', '-')}.log"
         self._generation += 1
-        with log.open("ab") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tlauto.worker", slot.device],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                encoding="utf-8",
-                env={**os.environ, **slot.env, **self._env},
-                start_new_session=True,  # Ctrl-C is for the coordinator, which decides what stops
-            )
-            worker = _Worker(process, log, self._generation, errors.tell(), Watch(self._limits))
+        said = log.stat().st_size if log.exists() else 0
+        worker = _Worker(self._launch(slot, log), log, self._generation, said, Watch(self._limits))
         self._workers[name] = worker
         worker.reader = threading.Thread(target=self._read, args=(name, worker), daemon=True)
         worker.reader.start()

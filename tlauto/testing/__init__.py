@@ -15,12 +15,13 @@ import pytest
 
 # Before the imports: only then do failing assertions of the suites show their values.
 pytest.register_assert_rewrite(
-    *(f"tlauto.testing.{name}" for name in ("heads", "providers", "strategies", "trackers"))
+    *(f"tlauto.testing.{name}" for name in ("executors", "heads", "providers", "strategies", "trackers"))
 )
 
+from tlauto.testing.executors import ExecutorSuite  # noqa: E402
 from tlauto.testing.heads import TaskHeadSuite  # noqa: E402
 from tlauto.testing.providers import BackboneProviderSuite  # noqa: E402
 from tlauto.testing.strategies import FreezeStrategySuite  # noqa: E402
 from tlauto.testing.trackers import TrackerSuite  # noqa: E402
 
-__all__ = ["BackboneProviderSuite", "FreezeStrategySuite", "TaskHeadSuite", "TrackerSuite"]
+__all__ = ["BackboneProviderSuite", "ExecutorSuite", "FreezeStrategySuite", "TaskHeadSuite", "TrackerSuite"]
