@@ -165,9 +165,10 @@ def test_a_point_that_was_cut_off_while_it_was_drawn_is_proposed_whole(url: str,
     with pytest.raises(Killed):
         study.ask(Cut(space.backbones, space.strategies, space.heads, space.loss, space.fixed))
     resumed = Study(url, "s", seed=0, create=False)
-    assert resumed.requeue_interrupted() == [0]
+    assert [trial.state for trial in resumed.trials()] == ["waiting"]
+    assert resumed.requeue_interrupted() == []
     again = resumed.ask(space)
-    assert (again.params, again.attrs["purpose"]) == (point, "default")
+    assert (again.number, again.params, again.attrs["purpose"]) == (0, point, "default")
 
 
 def test_pruned_trials_keep_the_score_of_their_best_epoch(url: str) -> None:

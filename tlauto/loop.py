@@ -87,9 +87,8 @@ class Loop:
 
     def capacity_of(self, slot: str) -> int | None:
         """Bytes of memory that a trial may have on a slot's device; None when nobody has told."""
-        return self.capacity.get(device_of(slot)) or (
-            capacity_bytes() if is_here(slot) and not is_gpu(slot) else None
-        )
+        shares_memory = is_here(slot) and not is_gpu(slot)
+        return self.capacity.get(device_of(slot)) or (capacity_bytes() if shares_memory else None)
 
     def spent(self) -> float:
         """Active seconds, earlier runs included."""

@@ -256,7 +256,7 @@ class Study:
         again = {trial.attrs.get("retry_of") for trial in trials}
         for trial in trials:
             is_cut_off = trial.attrs.get("error_kind") == INTERRUPTED and trial.number not in again
-            if is_cut_off and self._point(trial) and INTERRUPTED not in earlier_ends(trial, trials):
+            if is_cut_off and trial.params and INTERRUPTED not in earlier_ends(trial, trials):
                 self.requeue(trial.number, why=INTERRUPTED)
         return left
 
@@ -270,13 +270,8 @@ class Study:
         trial = self.trials()[number]
         kept = {name: trial.attrs[name] for name in ORIGIN if name in trial.attrs}
         self.enqueue(
-            self._point(trial), **{"purpose": "search", **kept, "retry_of": number, "retry_why": why, **attrs}
+            trial.params, **{"purpose": "search", **kept, "retry_of": number, "retry_why": why, **attrs}
         )
-
-    def _point(self, trial: TrialRecord) -> Mapping[str, Scalar]:
-        """A trial's parameters; of one that was cut off while they were drawn, also those it was to get."""
-        frozen = self._study.get_trials(deepcopy=False)[trial.number]
-        return {**frozen.system_attrs.get(PROPOSED, {}), **trial.params}
 
     # --- reading ----------------------------------------------------------------------------------
 
