@@ -232,59 +232,70 @@ def differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     return clauses
 
 
-def _check(config: SearchConfig) -> None:
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
-            raise ConfigError(message)
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ConfigError(message)
 
-    refuse(not config.data.strip(), "the dataset's path is empty; name a folder or manifest with --data PATH")
-    refuse(config.task not in TASKS, f"unknown task '{config.task}'; choose from {', '.join(TASKS)}")
-    refuse(
+
+def _check(config: SearchConfig) -> None:
+    _refuse(
+        not config.data.strip(), "the dataset's path is empty; name a folder or manifest with --data PATH"
+    )
+    _refuse(config.task not in TASKS, f"unknown task '{config.task}'; choose from {', '.join(TASKS)}")
+    _refuse(
         config.preset not in PRESETS, f"unknown preset '{config.preset}'; choose from {', '.join(PRESETS)}"
     )
-    refuse(
+    _refuse(
         config.trials is not None and config.trials < 1, f"--trials must be at least 1, not {config.trials}"
     )
     for flag, seconds in (("--time", config.time_s), ("--trial-timeout", config.trial_timeout_s)):
-        refuse(seconds is not None and not seconds > 0, f"{flag} must be more than zero")
-    refuse(config.max_failures < 1, f"--max-failures must be at least 1, not {config.max_failures}")
-    refuse(
-        config.workers is not None and not 0 <= config.workers <= 512,
-        f"--workers must be from 0 to 512, not {config.workers}",
-    )
-    refuse(
-        config.per_device is not None and not re.fullmatch(r"auto|[1-9]|1[0-6]", config.per_device),
-        f"--per-device must be auto or from 1 to 16, not {config.per_device}",
-    )
-    refuse(
-        config.workers == 0 and config.executor not in ("local", "in-process"),
-        f"--workers 0 runs the trials in this process; leave it or --executor {config.executor} out",
-    )
-    refuse(
+        _refuse(seconds is not None and not seconds > 0, f"{flag} must be more than zero")
+    _refuse(config.max_failures < 1, f"--max-failures must be at least 1, not {config.max_failures}")
+    _refuse(
         not 1 <= config.ensemble <= 16,
         f"--ensemble must be from 1 (a single model) to 16, not {config.ensemble}",
     )
-    refuse(not 0 <= config.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, not {config.seed}")
+    _refuse(not 0 <= config.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, not {config.seed}")
     name = config.study
-    refuse(
+    _refuse(
         name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name),
         f"the study name '{name}' may hold letters, digits, '.', '_' and '-' only (at most 100)",
     )
-    refuse(
+    _check_workers(config)
+    _check_weights(config)
+    names = [parse_track(text)[0] for text in config.track]
+    twice = [name for name in names if names.count(name) > 1]
+    _refuse(bool(twice), f"--track names '{(twice or [''])[0]}' twice; name each tracker once")
+
+
+def _check_workers(config: SearchConfig) -> None:
+    _refuse(
+        config.workers is not None and not 0 <= config.workers <= 512,
+        f"--workers must be from 0 to 512, not {config.workers}",
+    )
+    _refuse(
+        config.per_device is not None and not re.fullmatch(r"auto|[1-9]|1[0-6]", config.per_device),
+        f"--per-device must be auto or from 1 to 16, not {config.per_device}",
+    )
+    _refuse(
+        config.workers == 0 and config.executor not in ("local", "in-process"),
+        f"--workers 0 runs the trials in this process; leave it or --executor {config.executor} out",
+    )
+
+
+def _check_weights(config: SearchConfig) -> None:
+    _refuse(
         bool(config.weights_dir) and not Path(str(config.weights_dir)).is_dir(),
         f"the weights folder '{config.weights_dir}' does not exist; give --weights-dir (or "
         f"TLAUTO_WEIGHTS) an existing folder",
     )
-    refuse(
+    _refuse(
         bool(config.weights) and not config.pretrained,
         "--weights and --no-pretrained exclude each other; leave one out",
     )
-    names = [parse_track(text)[0] for text in config.track]
-    twice = [name for name in names if names.count(name) > 1]
-    refuse(bool(twice), f"--track names '{(twice or [''])[0]}' twice; name each tracker once")
     for id, path in config.weights.items():
-        refuse(":" not in id, f"--weights '{id}' is not PROVIDER:NAME=PATH, for example timm:resnet18=FILE")
-        refuse(not Path(path).is_file(), f"the weights file '{path}' of {id} does not exist; check the path")
+        _refuse(":" not in id, f"--weights '{id}' is not PROVIDER:NAME=PATH, for example timm:resnet18=FILE")
+        _refuse(not Path(path).is_file(), f"the weights file '{path}' of {id} does not exist; check the path")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

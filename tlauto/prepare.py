@@ -68,11 +68,8 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
     """
     strategies, heads = _chosen(config, registry())
     check_trackers(config.track)
-    out = _writable(Path(config.out), "workspace", "--out")
-    cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
+    out, cache = _folders(config)
     executor, wanted = choose_executor(config, out=out, cache=cache)
-    cache_limit()  # refuses a wrong TLAUTO_CACHE_SIZE before any worker starts
-    memory_floor()  # and a wrong TLAUTO_MEMORY_FLOOR
     with contextlib.ExitStack() as undo:
         store = _open_store(storage_url(config.out, config.storage), emit)
         undo.callback(store.close)
@@ -178,6 +175,15 @@ def _class_counts(dataset: Dataset) -> list[int]:
 
 
 # --- the workspace ----------------------------------------------------------------------------------
+
+
+def _folders(config: SearchConfig) -> tuple[Path, Path]:
+    """The workspace and the cache, which can be written, after a look at what the environment sets."""
+    out = _writable(Path(config.out), "workspace", "--out")
+    cache = _writable(cache_folder(), "cache", "TLAUTO_CACHE")
+    cache_limit()  # refuses a wrong TLAUTO_CACHE_SIZE before any worker starts
+    memory_floor()  # and a wrong TLAUTO_MEMORY_FLOOR
+    return out, cache
 
 
 def _writable(folder: Path, what: str, setting: str) -> Path:
