@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from tlauto.contracts import TrialSpec
+from tlauto.contracts import EpochResult, TrialSpec
 from tlauto.events import Emit
 from tlauto.pace import held_back
 from tlauto.prepare import Session
@@ -20,6 +20,7 @@ class Job:
     Attributes:
         resumed: epochs that were done when the trial went on.
         stopped: why the trial was told to end early.
+        epoch: the only one of a trial on cached features, recorded together with its result.
     """
 
     spec: TrialSpec
@@ -27,6 +28,7 @@ class Job:
     is_bundle: bool = False
     resumed: int | None = None
     stopped: str = ""
+    epoch: EpochResult | None = None
 
 
 @dataclass

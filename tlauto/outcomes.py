@@ -61,8 +61,11 @@ def _epoch(loop: Loop, slot: str, job: Job, result: EpochResult) -> None:
     if trains_backbone(_strategy(session, job.spec)):
         session.study.report(result.number, result.epoch, result.score)
         job.stopped = _why_to_stop(loop, job.spec, result)
+    else:
+        job.epoch = result  # its result comes in a moment: one transaction for both
     session.pool.send(slot, Answer(go_on=not job.stopped))
-    session.store.add_epoch(session.name, result)
+    if job.epoch is None:
+        session.store.add_epoch(session.name, result)
     loop.emit(EpochEnded.of(result, slot))
 
 
@@ -87,7 +90,7 @@ def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
         # One attribute for all: each is a transaction of its own.
         "metrics": {name: round(value, 5) for name, value in metrics.items()}
     }
-    session.store.finish_trial(session.name, done)
+    session.store.finish_trial(session.name, done, epoch=job.epoch)
     epochs = done.epochs
     if trains_backbone(_strategy(session, spec)):
         images = spec.epoch_images or session.plan.sizes.train
