@@ -81,8 +81,8 @@ class Problem:
             heads = torch.cat(parts)
             return torch.cat([axes.outwards(heads[:, :-1]), heads[:, -1:]], dim=1)
 
-    def answers(self, head: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, K) of one head (D + 1, K) for some rows."""
+    def answers(self, head: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Outputs (n, K) of one head (D + 1, K) for some rows, all by default."""
         batches = self.features.batches(rows, beside=self.num_outputs)
         return torch.cat([self.output(batch @ head[:-1] + head[-1]) for batch in batches])
 

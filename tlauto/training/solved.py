@@ -114,11 +114,10 @@ class _Solving:
         trial, head = self.trial, self.solve(penalty, found)
         features = trial.source.features([trial.spec.evaluate_on], self.kind)
         valid = trial.rows(self.readout, features, of=self.train)
-        everything = torch.arange(len(self.train), device=trial.device)
         with torch.no_grad(), threads_for(self.train.shape[0] * self.train.shape[1] * trial.num_outputs):
             batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
             logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
-            train_loss = self.problem.mean_loss(self.problem.answers(head, everything))
+            train_loss = self.problem.mean_loss(self.problem.answers(head))
         held_out = None if found is None else trial.task.predict(found.outputs.float().cpu().numpy())
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
         found_here = trial.evaluate(logits, 1)
