@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_what_is_written_is_read_back(store: Store) -> None:
     assert store.search("s")["plan"] == {"metric": "x"}  # type: ignore[index]
     store.add_model("s", trial=0, folder="m", evaluated_on="test", metrics={"a": 1}, comparison=None)
     assert store.model("s")["metrics"] == {"a": 1}  # type: ignore[index]
+
+
+def test_an_epoch_and_the_result_are_recorded_together_or_not_at_all(store: Store) -> None:
+    done, epoch = TrialDone(0, 0.5, {}, 1.1, 1, 1, 2.0, "checkpoint"), EpochResult(0, 1, 0.5, 1.0, 1.1, 2.0)
+    store.start_trial("s", trial_spec(0), "cpu:0")
+    store.finish_trial("s", done, epoch=epoch)
+    assert [row["epoch"] for row in store.epochs("s", 0)] == [1]
+    assert store.trials("s")[0]["result"]["score"] == 0.5
+    with pytest.raises(StoreError):
+        store.finish_trial("s", replace(done, score=0.7), epoch=epoch)  # it has that epoch
+    assert store.trials("s")[0]["result"]["score"] == 0.5
 
 
 def test_the_file_is_in_wal_mode_so_that_readers_do_not_block(store: Store, tmp_path: Path) -> None:

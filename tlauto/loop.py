@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tlauto.contracts import TrialSpec
+from tlauto.contracts import EpochResult, TrialSpec
 from tlauto.devices import device_of, is_gpu, is_here
 from tlauto.events import Emit
 from tlauto.memory import capacity_bytes
@@ -23,6 +23,7 @@ class Job:
 
     Attributes:
         resumed: epochs that were done when the trial went on.
+        epoch: the only one of a trial on cached features, recorded together with its result.
         stage: of a trial: it waits for room or is refused, a step of it is tried, or it runs.
         needs: bytes of memory that it is taken to need; None when nothing is known.
         may_try: whether a step is to be tried before it runs; tried: what that took.
@@ -35,6 +36,7 @@ class Job:
     started: float
     is_bundle: bool = False
     resumed: int | None = None
+    epoch: EpochResult | None = None
     stage: Literal["held", "step", "runs"] = "runs"
     needs: float | None = None
     may_try: bool = False

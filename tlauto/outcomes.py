@@ -79,8 +79,11 @@ def _epoch(loop: Loop, slot: str, job: Job, result: EpochResult) -> None:
         stopped = _why_to_stop(loop, job.spec, result)
         if stopped and result.epoch < job.spec.epochs:
             session.study.note(result.number, stopped=stopped)
+    else:
+        job.epoch = result  # its result comes in a moment: one transaction for both
     session.pool.send(slot, Answer(go_on=not stopped))
-    session.store.add_epoch(session.name, result)
+    if job.epoch is None:
+        session.store.add_epoch(session.name, result)
     loop.emit(EpochEnded.of(result, slot))
 
 
@@ -100,7 +103,7 @@ def _why_to_stop(loop: Loop, spec: TrialSpec, result: EpochResult) -> str:
 def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     session, spec = loop.session, job.spec
     del loop.busy[slot]
-    session.store.finish_trial(session.name, done)
+    session.store.finish_trial(session.name, done, epoch=job.epoch)
     took = {ATTRIBUTE: _took(loop, slot, job, job.used.bytes, fits=True)} if job.used else {}
     # A search that is killed from here on to the end does this when it is resumed.
     score = settle(session.study, session.plan, spec, done, resumed=job.resumed or 0, facts=took)

@@ -227,19 +227,23 @@ class Store:
 
     def add_epoch(self, study: str, result: EpochResult) -> None:
         """Record one epoch."""
-        # SQLite has no NaN and stores NULL; other databases would give it back.
-        values = {k: _number(getattr(result, k)) for k in ("score", "train_loss", "val_loss", "seconds")}
         with self._writing() as connection:
-            row = {"study": study, "number": result.number, "epoch": result.epoch, **values}
-            connection.execute(_epochs.insert().values(row))
+            connection.execute(_epochs.insert().values(_epoch_row(study, result)))
 
-    def finish_trial(self, study: str, done: TrialDone) -> None:
-        """Record a trial's result."""
-        self._update_trial(study, done.number, result=to_json(done))
+    def finish_trial(self, study: str, done: TrialDone, *, epoch: EpochResult | None = None) -> None:
+        """Record a trial's result, with an epoch that is not recorded yet, in one transaction."""
+        here = (_trials.c.study == study) & (_trials.c.number == done.number)
+        with self._writing() as connection:
+            connection.execute(_trials.update().where(here).values(result=to_json(done)))
+            if epoch is not None:
+                connection.execute(_epochs.insert().values(_epoch_row(study, epoch)))
 
     def fail_trial(self, study: str, number: int, *, kind: str, message: str, detail: str = "") -> None:
         """Record why a trial failed."""
-        self._update_trial(study, number, error_kind=kind, error=_plain(message), detail=_plain(detail))
+        here = (_trials.c.study == study) & (_trials.c.number == number)
+        values = {"error_kind": kind, "error": _plain(message), "detail": _plain(detail)}
+        with self._writing() as connection:
+            connection.execute(_trials.update().where(here).values(values))
 
     def trials(self, study: str) -> dict[int, dict[str, Any]]:
         """Rows of all trials by number, `spec` as text and `result` decoded (None while running)."""
@@ -298,11 +302,6 @@ class Store:
         with self._writing() as connection:
             return connection.execute(change).rowcount > 0
 
-    def _update_trial(self, study: str, number: int, **values: Any) -> None:
-        here = (_trials.c.study == study) & (_trials.c.number == number)
-        with self._writing() as connection:
-            connection.execute(_trials.update().where(here).values(**values))
-
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
     deadline = time.monotonic() + BUSY_S
@@ -323,6 +322,12 @@ def _tune_sqlite(connection: Any, _record: Any) -> None:
 def _plain(text: str) -> str:
     """Text as every database takes it: PostgreSQL stores no zero byte, none stores half a surrogate pair."""
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def _epoch_row(study: str, result: EpochResult) -> dict[str, Any]:
+    # SQLite has no NaN and stores NULL; other databases would give it back.
+    values = {k: _number(getattr(result, k)) for k in ("score", "train_loss", "val_loss", "seconds")}
+    return {"study": study, "number": result.number, "epoch": result.epoch, **values}
 
 
 def _number(value: float | None) -> float | None:

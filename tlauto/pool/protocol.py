@@ -193,7 +193,7 @@ _TYPES: dict[str, Any] = {t.__name__: t for t in Message.__args__}
 
 def encode(message: Message) -> str:
     """One line of JSON."""
-    return json.dumps({"type": type(message).__name__, **dataclasses.asdict(message)})
+    return json.dumps({"type": type(message).__name__, **vars(message)}, default=dataclasses.asdict)
 
 
 def decode(line: str) -> Message:

@@ -46,6 +46,11 @@ class Facts:
     widths: Widths
     weights: str
 
+    @cached_property
+    def text(self) -> str:
+        """All of it, to find things by: a plugin's may hold lists, which have no hash."""
+        return str(self)
+
 
 _log = logging.getLogger(__name__)
 
@@ -183,8 +188,8 @@ class FeatureSource:
         self, splits: Sequence[str], kind: Kind, indices: Sequence[int], form: Form, mirror: bool
     ) -> Path:
         """Where the array lies: its name is a hash of all that decides its contents."""
-        # Which images follows from splits and form; a plugin's facts may hold lists, which have no hash.
-        key = ("features", str(self.facts), self.device.type, *splits, kind, form, mirror)
+        # Which images it is of follows from splits and form.
+        key = ("features", self.facts.text, self.device.type, *splits, kind, form, mirror)
         name = self.dataset.once(key, lambda: self._name(splits, kind, indices, form, mirror))
         return Path(self.spec.cache, "features", name)
 

@@ -67,7 +67,8 @@ def _largest(gradient: torch.Tensor) -> torch.Tensor:
 def _pair(step: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Step, gradient change and 1 / (their product); 0 where the curvature is not positive."""
     product = (step * change).sum(dim=1)
-    is_sound = product > 1e-10 * step.norm(dim=1) * change.norm(dim=1)
+    lengths = torch.linalg.vector_norm(step, dim=1) * torch.linalg.vector_norm(change, dim=1)
+    is_sound = product > 1e-10 * lengths
     return step, change, torch.where(is_sound, 1 / product.clamp_min(1e-30), 0.0)
 
 
@@ -108,6 +109,8 @@ def _line_search(
         tried = x[left] + length * direction[left]
         found, slopes = objective(tried, active[left])
         is_enough = found <= value[left] + ENOUGH * length * slope[left]
+        if len(left) == len(x) and bool(is_enough.all()):
+            return tried, found, slopes  # nearly always
         rows = left[is_enough]
         new[rows], new_value[rows], new_gradient[rows] = (
             tried[is_enough], found[is_enough], slopes[is_enough],

@@ -81,8 +81,8 @@ class Problem:
             heads = torch.cat(parts)
             return torch.cat([axes.outwards(heads[:, :-1]), heads[:, -1:]], dim=1)
 
-    def answers(self, head: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, K) of one head (D + 1, K) for some rows."""
+    def answers(self, head: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Outputs (n, K) of one head (D + 1, K) for some rows, all by default."""
         batches = self.features.batches(rows, beside=self.num_outputs)
         return torch.cat([self.output(batch @ head[:-1] + head[-1]) for batch in batches])
 
@@ -111,27 +111,30 @@ class Problem:
         # Steps in units of the curvature, (B, …, 1): the bias sees the mean of ones.
         bends = self._curvature / unit[:, None, None]
         along, beside = (bends * part + penalty[:, None, None] for part in (axes.squares[:, None], axes.rest))
+        inwards = tuple(scale**-0.5 for scale in (along, beside, bends))
+        pull = penalty[:, None, None].expand(-1, width + 1, 1).clone()
+        pull[:, -1] = 0  # no penalty on the bias
 
-        def stretched(points: torch.Tensor, which: torch.Tensor, power: float = -0.5) -> torch.Tensor:
+        def stretched(points: torch.Tensor, scales: Sequence[torch.Tensor]) -> torch.Tensor:
             """Points (A, P) as heads (A, W + 1, K), or gradients by heads as those by points."""
             heads = points.view(len(points), width + 1, outputs)
-            scales = (scale[which] ** power for scale in (along, beside, bends))
             lengths, others, biases = scales
             return torch.cat([axes.stretched(heads[:, :-1], lengths, others), heads[:, -1:] * biases], dim=1)
 
         def objective(points: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            heads = stretched(points, which)
-            some = [rows[b] for b in which.tolist()]
-            losses, slopes = self._losses(heads, some, unit[which])
-            values = losses + penalty[which] / 2 * heads[:, :-1].square().sum(dim=(1, 2))
-            slopes[:, :-1] += penalty[which][:, None, None] * heads[:, :-1]
-            return values, stretched(slopes.flatten(1), which).flatten(1)
+            everyone = len(which) == len(rows)
+            scales = inwards if everyone else tuple(scale[which] for scale in inwards)
+            heads = stretched(points, scales)
+            some = rows if everyone else [rows[b] for b in which.tolist()]
+            losses, slopes = self._losses(heads, some, unit if everyone else unit[which])
+            pulled = heads * (pull if everyone else pull[which])
+            values = losses + (heads * pulled).sum(dim=(1, 2)) / 2
+            return values, stretched((slopes + pulled).flatten(1), scales).flatten(1)
 
-        everyone = torch.arange(len(rows), device=x.device)
         if start is None:
             start = torch.zeros(len(rows), width + 1, outputs, device=x.device)
-        begin = stretched(start.flatten(1), everyone, 0.5)
-        return stretched(minimise(objective, begin.flatten(1), tolerance=tolerance), everyone)
+        begin = stretched(start.flatten(1), [1 / scale for scale in inwards])
+        return stretched(minimise(objective, begin.flatten(1), tolerance=tolerance), inwards)
 
     def _losses(
         self, heads: torch.Tensor, rows: Sequence[torch.Tensor], unit: torch.Tensor
@@ -139,33 +142,35 @@ class Problem:
         """Mean losses (B,) of heads (B, W + 1, K) on their rows, in units, and their slopes by the heads."""
         x, (count, width, outputs) = self._axes.rows, heads.shape
         weights = heads[:, :-1].permute(1, 0, 2).reshape(width - 1, -1)
-        values, down = unit.new_zeros(count), torch.zeros_like(weights)
-        sums = unit.new_zeros(count, outputs)
+        units = (1 / unit).unbind()
+        totals: list[torch.Tensor] = []
         for part, block in x.blocks(beside=count * outputs):
             logits = (block @ weights).view(len(block), count, outputs) + heads[:, -1]
-            logits.requires_grad_()
+            own = [one.requires_grad_() for one in logits.unbind(dim=1)]
             with torch.enable_grad():
-                losses = torch.stack([
-                    self._share(logits[:, i], rows[i], part) / unit[i] for i in range(count)
-                ])  # fmt: skip
-                (slopes,) = torch.autograd.grad(losses.sum(), logits)
-            values += losses.detach()
-            down += block.T @ slopes.view(len(block), -1)
-            sums += slopes.sum(dim=0)
+                shares = [self._share(one, some, part) for one, some in zip(own, rows, strict=True)]
+                slopes = torch.stack(torch.autograd.grad(shares, own, units), dim=1)
+            down = block.T @ slopes.view(len(block), -1)
+            found = [torch.stack(shares).detach() / unit, down, slopes.sum(dim=0)]
+            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+        values, down, sums = totals
         by_head = down.view(width - 1, count, outputs).permute(1, 0, 2)
         return values, torch.cat([by_head, sums[:, None]], dim=1)
 
     def _share(self, logits: torch.Tensor, rows: torch.Tensor, part: slice) -> torch.Tensor:
         """What the rows within a block, of logits (n, K), add to the mean loss of all of them (m,)."""
         if len(logits) == len(self.targets):
-            return self.loss(self.output(logits[rows]), self.targets[rows])
+            if len(rows) == len(logits):
+                return self.loss(self.output(logits), self.targets)
+            return self.loss(self.output(logits.index_select(0, rows)), self.targets.index_select(0, rows))
         ends = torch.tensor([part.start, part.start + len(logits)], device=rows.device)
         first, end = torch.searchsorted(rows, ends).tolist()
         if first == end:
             return logits.sum() * 0
         here = rows[first:end]
         share: float = (end - first) / len(rows)
-        return share * self.loss(self.output(logits[here - part.start]), self.targets[here])
+        taken = logits.index_select(0, here - part.start)
+        return share * self.loss(self.output(taken), self.targets.index_select(0, here))
 
     def _loss_at_zero(self, rows: torch.Tensor) -> torch.Tensor:
         """The mean loss of a head that says nothing."""

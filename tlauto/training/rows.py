@@ -77,8 +77,14 @@ class Rows:
         for part, features in self.features.blocks(size):
             yield part, self.norm(to_device(features, self.device))
 
-    def batches(self, rows: torch.Tensor, *, beside: int = 0) -> Iterator[torch.Tensor]:
-        """The scaled features of these rows (n,) in blocks."""
+    def batches(self, rows: torch.Tensor | None = None, *, beside: int = 0) -> Iterator[torch.Tensor]:
+        """The scaled features of these rows (n,) in blocks.
+
+        By default all rows, not copied: for who only reads them. A head may work in place.
+        """
+        if rows is None:
+            yield from (block for _, block in self.blocks(beside=beside))
+            return
         for some in torch.split(rows, self._block(beside)):
             yield self.take(some)
 

@@ -8,12 +8,14 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from tlauto.errors import TrialError
 from tlauto.training.axes import principal_axes
 from tlauto.training.kept import kept
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
 from tlauto.training.model import GRID, LEVELS, Kind, Readout
+from tlauto.training.rows import BLOCK
 from tlauto.training.stored import Stored
 from tlauto.training.threads import threads_for
 from tlauto.training.trial import Fitted, Trial
@@ -70,7 +72,11 @@ class _Solving:
 
     @cached_property
     def targets(self) -> torch.Tensor:
-        return torch.from_numpy(self.trial.train_targets).to(self.trial.device)
+        targets = torch.from_numpy(self.trial.train_targets).to(self.trial.device)
+        outputs = self.trial.num_outputs
+        if self.trial.task.name == "multiclass" and len(targets) * outputs <= BLOCK:
+            return functional.one_hot(targets, outputs).float()  # once, not at every step
+        return targets
 
     @cached_property
     def problem(self) -> Problem:
@@ -108,11 +114,10 @@ class _Solving:
         trial, head = self.trial, self.solve(penalty, found)
         features = trial.source.features([trial.spec.evaluate_on], self.kind)
         valid = trial.rows(self.readout, features, of=self.train)
-        everything = torch.arange(len(self.train), device=trial.device)
         with torch.no_grad(), threads_for(self.train.shape[0] * self.train.shape[1] * trial.num_outputs):
             batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
             logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
-            train_loss = self.problem.mean_loss(self.problem.answers(head, everything))
+            train_loss = self.problem.mean_loss(self.problem.answers(head))
         held_out = None if found is None else trial.task.predict(found.outputs.float().cpu().numpy())
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
         found_here = trial.evaluate(logits, 1)
