@@ -240,9 +240,9 @@ def main() -> None:
 
 def _leave_nothing(chaos: Chaos) -> NoReturn:
     """End in the middle of the rounds, with all that they started."""
+    chaos.servers.close()  # takes a while, in which rounds go on
     for pid in marked(str(chaos.folder)):
         send(pid, signal.SIGKILL)
-    chaos.servers.close()
     os._exit(130)
 
 
