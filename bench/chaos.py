@@ -148,7 +148,7 @@ def _play(round: Round, blows: list[Blow], chance: random.Random) -> str:
             if is_on:
                 blow.strike(round, chance)
         code = search.wait()
-        _look_at_end(round, code)
+        look_at_end(round, code)
         while round.undo:
             round.undo.pop()()
         now = search.ledger.trials()
@@ -157,7 +157,7 @@ def _play(round: Round, blows: list[Blow], chance: random.Random) -> str:
         if code == 0 and not search.has_said("the refit failed"):
             break
     if code == 0:
-        round.faults += faults(seen, total=TRIALS, first=FIRST) + _at_end(search)
+        round.faults += faults(seen, total=TRIALS, first=FIRST) + at_end(search)
     else:
         round.faults.append(
             (MISSED, f"after {STARTS} starts the exit code is {code}: {search.said()[-300:]}")
@@ -165,10 +165,10 @@ def _play(round: Round, blows: list[Blow], chance: random.Random) -> str:
     return ", ".join(struck)
 
 
-def _look_at_end(round: Round, code: int | None) -> None:
-    """What a start has left behind: processes, tracebacks, an exit code."""
+def look_at_end(round: Round, code: int | None, *, left_s: float = LEFT_S) -> None:
+    """Note what is wrong with what a start has left behind: processes, tracebacks, an exit code."""
     search = round.search
-    _, left = gone_after(search.mark, LEFT_S)
+    _, left = gone_after(search.mark, left_s)
     for pid in left:
         round.faults.append((ORPHANS, f"process {pid} of start {search.starts} is left"))
         send(pid, signal.SIGKILL)
@@ -185,7 +185,7 @@ def _look_at_end(round: Round, code: int | None) -> None:
     round.codes.clear()
 
 
-def _at_end(search: Search) -> list[Fault]:
+def at_end(search: Search) -> list[Fault]:
     """What is wrong with a search that says that it has finished, its trials aside."""
     found: list[Fault] = []
     if search.ledger.search() != ("finished", None):
@@ -240,9 +240,9 @@ def main() -> None:
 
 def _leave_nothing(chaos: Chaos) -> NoReturn:
     """End in the middle of the rounds, with all that they started."""
+    chaos.servers.close()  # takes a while, in which rounds go on
     for pid in marked(str(chaos.folder)):
         send(pid, signal.SIGKILL)
-    chaos.servers.close()
     os._exit(130)
 
 

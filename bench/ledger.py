@@ -110,7 +110,7 @@ class Ledger:
 
     def running(self) -> dict[int, int]:
         """The last epoch of each trial that is said to run; 0 before its first."""
-        at = dict(self.epochs())  # the last one of each counts
+        at = dict(list(self.epochs()))  # of each trial the last one stays
         return {n: at.get(n, 0) for n, trial in self.trials().items() if trial.state == "RUNNING"}
 
     def retries(self) -> dict[int, int]:

@@ -21,7 +21,7 @@ MOMENTS: dict[str, tuple[Callable[[Search], bool], float]] = {
     "start": (lambda search: True, 3.0),
     "check": (_says("checking backbones"), 5.0),
     "trials": (_says("trial score"), 5.0),
-    "epoch": (lambda search: any(search.runs.glob("*/trials/*/state.safetensors")), 2.0),
+    "epoch": (lambda search: any(search.runs.glob("*/trials/2")), 1.5),  # the first that has epochs
     "bundle": (lambda search: any(search.runs.glob("*/.model-*.new")), 0.2),
     "refit": (_says("refit of"), 2.0),
 }

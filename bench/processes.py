@@ -34,6 +34,9 @@ from moments import MOMENTS, wait_for
 from readers import cached_trials, read_a_search
 from searches import BACKBONES, Search, environment, gone_after, marked, send, write_images
 
+STRUCK = ("start", "check", "trials", "epoch", "bundle", "bundle held up", "refit")
+"""Moments of Ctrl-C."""
+
 PARTS = ("speedup", "ctrl_c", "kill", "readers")
 
 EQUAL = (
@@ -98,7 +101,7 @@ def ctrl_c(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Seconds from Ctrl-C to the end, at several moments of searches."""
     images, chance = write_images(folder / "images"), random.Random(0)
     taken: dict[str, list[float]] = {}
-    for moment in ("start", "check", "trials", "epoch", "bundle", "bundle held up", "refit"):
+    for moment in args.moments.split(","):
         for again in range(args.repeats):
             search = make(folder / f"{moment}-{again}", images, folder / "cache", *MIXED)
             seconds = _interrupted(search, moment, chance)
@@ -242,6 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, help="equal trials of the speed-up")
     parser.add_argument("--images", type=int, help="of the speed-up and of the kill")
     parser.add_argument("--repeats", type=int, help="of each moment of Ctrl-C, and of the kill")
+    parser.add_argument("--moments", default=",".join(STRUCK), help="of Ctrl-C")
     parser.add_argument("--cached", type=int, help="trials that are read")
     parser.add_argument("--kill-workers", type=int, default=1, help="of the search that is killed")
     args = parser.parse_args()
