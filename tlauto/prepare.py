@@ -99,6 +99,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
             cache=cache,
             device=slots[0].device,
             sizes=Sizes(*(len(dataset.part(part)) for part in ("train", "val", "test"))),
+            slots=len(pool.slots),
             past=_past(config, store, stored, dataset, report, emit),
         )
         if not stored:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlauto import metrics
-from tlauto.allocation import cost_of, pick_strategy
+from tlauto.allocation import cost_of, pick_next
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
 from tlauto.mirrored import mirror_points
@@ -49,6 +49,7 @@ class Plan:
         folder: of the study.
         sizes: images in each part.
         past: what is known of earlier searches, None when nothing is to be learned from them.
+        slots: trials that run at once.
     """
 
     config: SearchConfig
@@ -61,6 +62,7 @@ class Plan:
     device: str
     sizes: Sizes
     past: Past | None = None
+    slots: int = 1
 
     @property
     def screened(self) -> tuple[str, ...]:
@@ -164,7 +166,8 @@ class Plan:
         kept = self.kept(trials)
         affordable = self.affordable(trials, left)
         costs = {s.name: cost_of(s, self.device) for s in self.space.strategies if s.name in affordable}
-        picked = pick_strategy(trials, costs, kept, seed=f"{self.config.seed}/strategy/{len(trials)}")
+        seed, most = f"{self.config.seed}/strategy", self.config.max_trials
+        picked = pick_next(trials, costs, kept, seed=seed, most=most, slots=self.slots)
         return {"backbone": kept, "strategy": (picked,)}
 
     def spec(
