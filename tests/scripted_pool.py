@@ -160,6 +160,7 @@ def open_scripted(
     plan = Plan(
         config=config, space=space, task="multiclass", metric="accuracy", dataset_file="", folder=folder,
         cache=folder, device=device, sizes=Sizes(800, 200, 200),
+        slots=len(pool.slots),
     )  # fmt: skip
     if propose:
         propose_first(study, plan)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_schedule import BACKBONES, STRATEGIES, MakePlan, make_plan, trial
 
-from tlauto.allocation import CURIOSITY, SPREAD, cost_of, expected_improvement, pick_strategy
+from tlauto.allocation import CURIOSITY, SPREAD, cost_of, expected_improvement, pick_next, pick_strategy
 from tlauto.plugins import registry
 from tlauto.schedule import Plan
 from tlauto.study import TrialRecord
@@ -58,6 +58,34 @@ def test_of_equal_promise_the_cheaper_is_taken_more_often() -> None:
 def test_what_is_worth_its_seconds_is_taken_though_it_is_slow() -> None:
     found = trials({FROZEN: [0.80, 0.801, 0.80, 0.80, 0.801, 0.80], FULL: [0.90, 0.92]})
     assert shares(found, {FROZEN: 1.0, FULL: 100.0})[FULL] > 0.8
+
+
+def test_of_the_last_trials_the_dearest_come_first_and_there_are_no_more_of_them() -> None:
+    found, costs = trials({FROZEN: [0.9, 0.91] * 2, FULL: [0.9, 0.91] * 2}), {FROZEN: 1.0, FULL: 2.0}
+
+    def picks(seed: str, slots: int) -> list[str]:
+        """Of trials 8 to 13, of which there are 14 in all."""
+        more = [TrialRecord(i, "running", {}, None) for i in range(8, 14)]
+        return [
+            pick_next([*found, *more[:done]], costs, ["timm:a"], seed=seed, most=14, slots=slots)
+            for done in range(6)
+        ]
+
+    drawn: Counter[str] = Counter()
+    for seed in map(str, range(60)):
+        last = picks(seed, slots=2)[2:]
+        assert last == sorted(last, key=lambda name: -costs[name])
+        assert picks(seed, slots=2)[:2] == picks(seed, slots=1)[:2], "before them nothing changes"
+        drawn.update(last)
+    assert drawn[FULL] / 240 == pytest.approx(shares(found, costs)[FULL], abs=0.08)
+
+
+def test_for_one_slot_or_without_a_number_of_trials_the_order_is_as_it_was() -> None:
+    found, costs = trials({FROZEN: [0.9, 0.91], FULL: [0.9, 0.91]}), {FROZEN: 1.0, FULL: 2.0}
+    for seed in map(str, range(20)):
+        expected = pick_strategy(found, costs, ["timm:a"], seed=f"{seed}/4")
+        for most, slots in ((5, 1), (None, 4), (100, 4)):
+            assert pick_next(found, costs, ["timm:a"], seed=seed, most=most, slots=slots) == expected
 
 
 def test_nothing_is_given_up_for_good() -> None:

@@ -79,12 +79,22 @@ def test_frozen_trials_are_taken_to_be_small_until_one_was_measured(tmp_path: Pa
 
 def test_as_many_run_side_by_side_as_the_user_says(tmp_path: Path) -> None:
     slots = ("cuda:0/0", "cuda:1/0", "cuda:0/1", "cuda:1/1")
-    pool = ScriptedPool(slots, seconds=lengths, takes=gpu(-1, 20), used=lambda spec: Used(20 * GB, TOTAL))
+    pool = ScriptedPool(slots, seconds=lengths, takes=gpu(-1, 9), used=lambda spec: Used(9 * GB, TOTAL))
     session = open_scripted(tmp_path, pool, strategies=FULL, trials=12, device="cuda", per_device="2")
     search(session)
     assert [idle for idle, started in pool.idle if started < 12][1:].count(0) >= 8
     assert max(len(sent.beside) for sent in pool.trials) == 1
     assert {device_of(sent.slot) for sent in pool.trials} == {"cuda:0", "cuda:1"}
+
+
+def test_what_does_not_fit_beside_others_waits_even_then(tmp_path: Path) -> None:
+    pool = ScriptedPool(FOUR[:2], seconds=lengths, takes=gpu(-1, 20), used=lambda spec: Used(20 * GB, TOTAL))
+    session = open_scripted(tmp_path, pool, strategies=FULL, trials=6, device="cuda", per_device="2")
+    search(session)
+    assert {t.state for t in trials_of(session)} == {"complete"}
+    not_fitting = {sent.spec.number for sent in pool.sent if sent.is_step and sent.beside}
+    assert not_fitting
+    assert all(sent.beside == () for sent in pool.trials if sent.spec.number in not_fitting)
 
 
 def test_a_trial_starts_with_the_images_at_once_that_fit_and_the_next_knows(tmp_path: Path) -> None:

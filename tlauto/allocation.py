@@ -31,6 +31,9 @@ SPREAD = 0.03
 CURIOSITY = 0.02
 """Least share of the trials that each strategy gets, so that no early bad luck is final."""
 
+LAST = 2
+"""So many trials a slot are the last of a budget."""
+
 
 def cost_of(strategy: FreezeStrategy, device: str) -> float:
     """What a trial with a strategy costs, in trials on cached features, on a kind of device."""
@@ -52,19 +55,53 @@ def pick_strategy(
         backbones: those that may still be proposed; trials on others say nothing.
         seed: the same, the same pick.
     """
+    return _draw(costs, _shares(trials, costs, backbones), seed)
+
+
+def pick_next(
+    trials: Sequence[TrialRecord], costs: Mapping[str, float], backbones: Sequence[str], *, seed: str,
+    most: int | None, slots: int,
+) -> str:  # fmt: skip
+    """As `pick_strategy`, but of the last trials of a budget the dearest come first.
+
+    Those are drawn together and put in order: where several slots work, one that is given a long trial
+    last keeps all others waiting. Source: longest processing time first, Graham 1969, "Bounds on
+    multiprocessing timing anomalies".
+
+    Args:
+        most: trials in all; None when only time limits them.
+        slots: trials that run at once; with one, order is nothing to gain by.
+    """
+    started = sum(t.counts or t.state == "running" for t in trials)
+    last = LAST * slots
+    if slots == 1 or most is None or not most - last <= started < most:
+        return pick_strategy(trials, costs, backbones, seed=f"{seed}/{len(trials)}")
+    shares = _shares(trials, costs, backbones)
+    drawn = [_draw(costs, shares, f"{seed}/last/{i}") for i in range(last)]
+    return sorted(drawn, key=lambda name: -costs[name])[started - (most - last)]
+
+
+def _draw(costs: Mapping[str, float], shares: Sequence[float] | None, seed: str) -> str:
+    names, source = sorted(costs), random.Random(seed)
+    return source.choice(names) if shares is None else source.choices(names, weights=shares)[0]
+
+
+def _shares(
+    trials: Sequence[TrialRecord], costs: Mapping[str, float], backbones: Sequence[str]
+) -> list[float] | None:
+    """The weight of each strategy, by name; None where there is nothing to choose by."""
     names = sorted(costs)
     known = [t for t in trials if t.score is not None and t.params.get("backbone") in backbones]
     scores = [float(t.score) for t in known if t.score is not None]
     if not scores or len(names) == 1:
-        return random.Random(seed).choice(names)
+        return None
     best = max(scores)
     values = {}
     for name in names:
         own = [float(t.score) for t in known if t.params.get("strategy") == name and t.score is not None]
         values[name] = expected_improvement(own, best) / costs[name]
     total = sum(values.values())
-    shares = [max(CURIOSITY, values[name] / total if total > 0 else 1.0) for name in names]
-    return random.Random(seed).choices(names, weights=shares)[0]
+    return [max(CURIOSITY, values[name] / total if total > 0 else 1.0) for name in names]
 
 
 def expected_improvement(scores: Sequence[float], best: float) -> float:

@@ -62,7 +62,7 @@ def _search(loop: Loop) -> None:
     while not loop.interrupted.is_set() and not loop.hopeless:
         _fill(loop)
         if not loop.busy and loop.session.pool.slots:
-            return
+            break
         for event in loop.session.pool.wait(0.25):
             handle(loop, event)
         stop_slow(loop)

@@ -97,6 +97,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
             cache=cache,
             device=pool.device,
             sizes=Sizes(*(len(dataset.part(part)) for part in ("train", "val", "test"))),
+            slots=len(pool.slots),
             past=_past(config, store, stored, dataset, report, emit),
             begun=begun(stored["plan"] if stored else None),
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlauto import metrics
-from tlauto.allocation import cost_of, pick_strategy
+from tlauto.allocation import cost_of, pick_next
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
 from tlauto.mirrored import mirror_points
@@ -51,6 +51,7 @@ class Plan:
         sizes: images in each part.
         past: what is known of earlier searches, None when nothing is to be learned from them.
         begun: where this version of the study began.
+        slots: trials that run at once.
     """
 
     config: SearchConfig
@@ -64,6 +65,7 @@ class Plan:
     sizes: Sizes
     past: Past | None = None
     begun: Begun = field(default_factory=Begun)
+    slots: int = 1
 
     @property
     def screened(self) -> tuple[str, ...]:
@@ -167,7 +169,8 @@ class Plan:
         kept = self.kept(trials)
         affordable = self.affordable(trials, left)
         costs = {s.name: cost_of(s, self.device) for s in self.space.strategies if s.name in affordable}
-        picked = pick_strategy(trials, costs, kept, seed=f"{self.config.seed}/strategy/{len(trials)}")
+        seed, most = f"{self.config.seed}/strategy", self.config.max_trials
+        picked = pick_next(trials, costs, kept, seed=seed, most=most, slots=self.slots)
         return {"backbone": kept, "strategy": (picked,)}
 
     def spec(

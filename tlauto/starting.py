@@ -99,11 +99,11 @@ def _has_room(loop: Loop, slot: str, left: float | None) -> bool:
     if not is_gpu(slot):
         system = available_bytes()
         return job.needs is None or system is None or system - job.needs >= memory_floor()
+    if job.waits_alone:
+        return False
     if loop.session.config.per_device != AUTO:
         return True  # as many as the user says
-    if job.waits_alone or left is None:
-        return False
-    return job.may_try if job.needs is None else job.needs <= left
+    return left is not None and (job.may_try if job.needs is None else job.needs <= left)
 
 
 def _left_on_gpu(loop: Loop, slot: str) -> float | None:
