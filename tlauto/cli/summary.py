@@ -56,8 +56,9 @@ def print_study(search: Search) -> None:
         "interrupted" if row.is_interrupted else "tried again" if row.retried else row.state for row in rows
     )
     given = {k: v for k, v in config.items() if v not in (None, [], {}, False) and k not in ("data", "study")}
+    version = f", version {info['version']}" if info["version"] > 1 else ""
     lines = [
-        ("study", f"{search.name} ({info['state']}, {duration(info['seconds'])} active)"),
+        ("study", f"{search.name} ({info['state']}, {duration(info['seconds'])} active{version})"),
         ("data", f"{config['data']} ({plan['task']}, fingerprint {info['dataset']['fingerprint'][:12]})"),
         ("score", f"{plan['metric']} on held-out images"),
         ("trials", ", ".join(f"{n} {state}" for state, n in states.items()) or "none"),

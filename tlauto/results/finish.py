@@ -45,7 +45,9 @@ def finish(session: Session, *, emit: Emit, interrupted: threading.Event) -> Non
     """
     best = best_trial(session.study.trials())
     if best is None:
-        raise TrialError(f"no trial of study '{session.name}' was completed; run it again with more budget")
+        raise TrialError(
+            f"study '{session.name}' has no completed trial of what it searches; run it with more budget"
+        )
     model = session.store.model(session.name)
     if model and model["trial"] == best.number and model["evaluated_on"] == "test":
         return
