@@ -20,12 +20,14 @@ from tlauto.errors import ConfigError, TlautoError
 STORE_BYTES = 80 * 2**20
 """Ray's object store, of which lines of text need next to nothing; about the least that Ray accepts."""
 
-PRIVATE = {
+OURS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # What makes Ray take 127.0.0.1 for this machine's address, so that its servers listen there only.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Other users of this machine can reach 127.0.0.1 too.
     "RAY_AUTH_MODE": "token",
+    # Ray's workers run at 15 otherwise, far behind whatever else this machine does.
+    "RAY_worker_niceness": "0",
 }
 """The environment of a cluster of our own: nothing leaves this machine, nobody else gets in."""
 
@@ -65,7 +67,7 @@ def connect(address: str | None) -> Cluster:
     Raises: TlautoError when there is none, or when Ray does not start.
     """
     if address is None:
-        with _environment(PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        with _environment(OURS | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
             return _start()
     import ray
 
