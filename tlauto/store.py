@@ -223,7 +223,8 @@ class Store:
 
     def restate_trial(self, study: str, spec: TrialSpec) -> None:
         """Record that a trial that was started runs otherwise."""
-        self._update_trial(study, spec.number, spec=to_json(spec))
+        with self._writing() as connection:
+            connection.execute(_changed(study, spec.number).values(spec=to_json(spec)))
 
     def add_epoch(self, study: str, result: EpochResult) -> None:
         """Record one epoch."""
@@ -232,18 +233,16 @@ class Store:
 
     def finish_trial(self, study: str, done: TrialDone, *, epoch: EpochResult | None = None) -> None:
         """Record a trial's result, with an epoch that is not recorded yet, in one transaction."""
-        here = (_trials.c.study == study) & (_trials.c.number == done.number)
         with self._writing() as connection:
-            connection.execute(_trials.update().where(here).values(result=to_json(done)))
+            connection.execute(_changed(study, done.number).values(result=to_json(done)))
             if epoch is not None:
                 connection.execute(_epochs.insert().values(_epoch_row(study, epoch)))
 
     def fail_trial(self, study: str, number: int, *, kind: str, message: str, detail: str = "") -> None:
         """Record why a trial failed."""
-        here = (_trials.c.study == study) & (_trials.c.number == number)
         values = {"error_kind": kind, "error": _plain(message), "detail": _plain(detail)}
         with self._writing() as connection:
-            connection.execute(_trials.update().where(here).values(values))
+            connection.execute(_changed(study, number).values(values))
 
     def trials(self, study: str) -> dict[int, dict[str, Any]]:
         """Rows of all trials by number, `spec` as text and `result` decoded (None while running)."""
@@ -322,6 +321,11 @@ def _tune_sqlite(connection: Any, _record: Any) -> None:
 def _plain(text: str) -> str:
     """Text as every database takes it: PostgreSQL stores no zero byte, none stores half a surrogate pair."""
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def _changed(study: str, number: int) -> sa.Update:
+    """The start of a change of a trial."""
+    return _trials.update().where((_trials.c.study == study) & (_trials.c.number == number))
 
 
 def _epoch_row(study: str, result: EpochResult) -> dict[str, Any]:
