@@ -4,8 +4,9 @@
 
 One side decodes the images and computes their features once, in a process set up like a worker, by
 the engine that a search would use. The other is a real search of 100 feature-extraction trials with
-linear heads whose L2 penalty and loss are searched, from an empty cache: from the start of its first
-trial to the end of its last, features included. Prints both; the last line of standard output is one
+linear heads whose L2 penalty, loss and stages are searched, from an empty cache: from the start of its
+first trial to the end of its last, features included. Mirror images are left out, unless --mirror: they
+take a second forward pass, which is no head's cost. Prints both; the last line of standard output is one
 JSON object:
 
     heads_per_forward   the search's seconds over the forward pass's
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 PARAMS = {"probe.solver": "lbfgs"}
+ONE_PASS = {"probe.mirror": False}
 
 
 def main() -> None:
@@ -95,7 +97,8 @@ def search(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     os.environ["TLAUTO_CACHE"] = str(folder / "cache")
     found = tlauto.search(
         args.data, trials=args.trials, backbones=[args.backbone], strategies=["feature_extraction"],
-        heads=["linear"], params=PARAMS, out=str(folder), seed=args.seed, offline=True, study="heads",
+        heads=["linear"], params=PARAMS if args.mirror else PARAMS | ONE_PASS, out=str(folder),
+        seed=args.seed, offline=True, study="heads",
         weights_dir=args.weights_dir, pretrained=args.pretrained, allow_leaks=True, devices="cpu",
     )  # fmt: skip
     own = {row.number: row.seconds or 0.0 for row in found.leaderboard()}
@@ -119,6 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="30 trials")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mirror", action="store_true", help="search mirror images too")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.data is None:
