@@ -144,6 +144,13 @@ WISHES = {
     "a negative seed": (("--seed", "-1"), "--seed must be from 0", "not -1"),
     "an unknown kind of device": (("--devices", "gpu"), "'gpu'", "auto, cpu, mps or cuda:N"),
     "a device that is not there": (("--devices", "cuda:7"), "cuda:7", "use --devices auto or cpu"),
+    "devices of several kinds": (("--devices", "cpu,cuda:0"), "cpu,cuda:0", "name GPUs only"),
+    "slots on a GPU that is not used": (
+        ("--devices", "cpu", "--per-device", "2"),
+        "NVIDIA GPUs",
+        "--workers",
+    ),
+    "no slots on a GPU": (("--per-device", "0"), "--per-device must be auto or from 1 to 16, not 0"),
     "an unknown parameter": (("--set", "optim.adamw.rl=1"), "'optim.adamw.rl'", "'optim.adamw.lr'?"),
     "a parameter out of range": (("--set", "optim.adamw.lr=7"), "optim.adamw.lr: 7 is outside"),
     "a parameter of the wrong kind": (("--set", "optim.adamw.lr=fast"), "'fast' is not a number"),

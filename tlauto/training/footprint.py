@@ -34,9 +34,11 @@ class Tried:
 
 
 def begin(device: str) -> None:
-    """Forget the peak so far."""
+    """Forget the peak so far. Raises: DeviceLost or OutOfMemory when there is no using the device."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
+        with breakdowns(f"on {device}"):  # it may be the first that this process asks of the GPU
+            torch.cuda.current_device()  # starts CUDA: there are no statistics before
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: str) -> int | None:
@@ -76,9 +78,9 @@ def try_step(
     """
     with _limited(device, most):
         while True:
-            begin(device)
             asked = None
             try:
+                begin(device)
                 with breakdowns(f"in a trial step with {at_once} images at a time"):
                     _step(replace(spec, micro_batch=at_once), registry, dataset, torch.device(device))
                 return Tried(at_once, peak_bytes(device))
