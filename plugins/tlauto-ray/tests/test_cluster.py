@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import time
@@ -74,6 +75,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")  # as of a cluster of our own
         patch.delenv("CUDA_VISIBLE_DEVICES")
         made = Nodes(folder)
         made.add()
@@ -93,8 +95,6 @@ class TestRay(ExecutorSuite):
 
 
 def test_a_node_that_does_not_see_what_the_search_needs_is_refused_by_name(nodes: Nodes) -> None:
-    import platform
-
     there = f"the Ray node {platform.node()} does not see {nodes.folder}/nowhere; mount it there under"
     with pytest.raises(ConfigError, match=there):
         RayExecutor().open(_wanted(nodes, shared=(nodes.folder / "nowhere",)))
