@@ -62,8 +62,10 @@ def test_no_hook_is_documented_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize(
     "contract",
-    [BackboneProvider, Backbone, Splittable, Split, Levelled, FreezeStrategy, TaskHead, Tracker, Recorder]
-    + [Executor, Pool],
+    [
+        *(BackboneProvider, Backbone, Splittable, Split, Levelled, FreezeStrategy, TaskHead),
+        *(Tracker, Recorder, Executor, Pool),
+    ],
 )
 def test_every_member_of_a_contract_is_documented_with_its_exact_signature(contract: type) -> None:
     lines = {line.strip() for line in DOCS.splitlines()}

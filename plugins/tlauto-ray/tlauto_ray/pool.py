@@ -124,7 +124,7 @@ class RayPool(LocalPool):
                 continue
             if lack := place.look():
                 refused.append((place, lack))
-            if place.is_lost and not was_lost:
+            if place.is_lost and place.is_ready and not was_lost:
                 place.is_told_lost = True
                 self._say(place.slot, f"slot {place.slot} was lost on the Ray node {place.node}")
             elif place.is_ready and not was_ready and place.is_late:
