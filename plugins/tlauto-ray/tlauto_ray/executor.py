@@ -30,14 +30,14 @@ class RayExecutor:
 
     def check(self, wanted: Wanted) -> None:
         """Raise ConfigError when Ray is not installed or a value cannot be right."""
-        if find_spec("ray") is None:
-            raise ConfigError("--executor ray needs ray; run 'pip install ray', or leave it out")
         if wanted.devices not in DEVICES:
             raise ConfigError(
                 f"--devices {wanted.devices}: on a cluster Ray chooses the device; use {', '.join(DEVICES)}"
             )
         for name in ("cpus", "gpus", "patience"):
             option(wanted, name, 1.0)
+        if find_spec("ray") is None:
+            raise ConfigError("--executor ray needs ray; run 'pip install ray', or leave it out")
 
     def open(self, wanted: Wanted) -> Pool:
         """Connect or start, and wait until there is a slot.
