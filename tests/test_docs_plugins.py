@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from tlauto import hookspecs, testing
 from tlauto.contracts import Backbone, BackboneProvider, FreezeStrategy, TaskHead, WeightsOptions
 from tlauto.errors import WeightsError
+from tlauto.executors import Executor
 from tlauto.levels import Levelled
 from tlauto.plugins import CONTRACTS, CORE_HOOKS, load_plugins
+from tlauto.pool.base import Pool
 from tlauto.splits import Split, Splittable
 from tlauto.testing import TaskHeadSuite, TrackerSuite
 from tlauto.trackers import Recorder, Tracker
@@ -60,7 +62,10 @@ def test_no_hook_is_documented_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize(
     "contract",
-    [BackboneProvider, Backbone, Splittable, Split, Levelled, FreezeStrategy, TaskHead, Tracker, Recorder],
+    [
+        *(BackboneProvider, Backbone, Splittable, Split, Levelled, FreezeStrategy, TaskHead),
+        *(Tracker, Recorder, Executor, Pool),
+    ],
 )
 def test_every_member_of_a_contract_is_documented_with_its_exact_signature(contract: type) -> None:
     lines = {line.strip() for line in DOCS.splitlines()}

@@ -50,14 +50,14 @@ class Driver:
 
     def run(self, spec: TrialSpec, *, go_on: bool = True) -> Event:
         """Run a trial to its end; each epoch is answered with `go_on`."""
-        self.pool.send(self.slot, RunTrial(spec))
+        self._send(spec)
         while isinstance((event := self.next()).message, EpochResult):
             self.pool.send(self.slot, Answer(go_on))
         return event
 
     def start(self, spec: TrialSpec) -> None:
         """Run a trial as far as its first epoch, after which it waits for an answer."""
-        self.pool.send(self.slot, RunTrial(spec))
+        self._send(spec)
         assert isinstance(self.next().message, EpochResult)
 
     def next(self) -> Event:
@@ -69,6 +69,11 @@ class Driver:
                 elif event.message is None or isinstance(event.message, SAID):
                     return event
         raise AssertionError("no event came")
+
+    def _send(self, spec: TrialSpec) -> None:
+        while self.slot not in self.pool.slots:  # a slot may be away for a while after its worker ended
+            self.pool.wait(0.1)
+        self.pool.send(self.slot, RunTrial(spec))
 
     def close(self) -> None:
         """Close the pool, once."""

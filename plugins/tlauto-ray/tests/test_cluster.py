@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import time
@@ -46,12 +47,13 @@ class Nodes:
         )
         self.address = str(self.cluster.address)
         self.workers: list[Any] = []
+        self.processes = processes_of(self.head)
 
     def add(self) -> None:
         """Start a node."""
-        self.workers.append(
-            self.cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE_BYTES, wait=True)
-        )
+        node = self.cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE_BYTES)
+        self.workers.append(node)
+        self.processes += processes_of(node)
 
     def lose(self, pid: int) -> None:
         """Kill all processes of the node on which a process runs, as when its machine loses power."""
@@ -60,6 +62,12 @@ class Nodes:
             pid = parent(pid)
         self.workers.remove(raylets[pid])
         self.cluster.remove_node(raylets[pid], allow_graceful=False)
+
+    def shutdown(self) -> None:
+        """End all nodes."""
+        self.cluster.shutdown()
+        for process in self.processes:
+            process.wait()  # Ray leaves some to the garbage collector, which warns
 
 
 NODES: list[Nodes] = []
@@ -74,6 +82,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")  # as of a cluster of our own
         patch.delenv("CUDA_VISIBLE_DEVICES")
         made = Nodes(folder)
         made.add()
@@ -81,7 +90,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         NODES.append(made)
         yield made
         NODES.clear()
-        made.cluster.shutdown()
+        made.shutdown()
 
 
 class TestRay(ExecutorSuite):
@@ -93,8 +102,6 @@ class TestRay(ExecutorSuite):
 
 
 def test_a_node_that_does_not_see_what_the_search_needs_is_refused_by_name(nodes: Nodes) -> None:
-    import platform
-
     there = f"the Ray node {platform.node()} does not see {nodes.folder}/nowhere; mount it there under"
     with pytest.raises(ConfigError, match=there):
         RayExecutor().open(_wanted(nodes, shared=(nodes.folder / "nowhere",)))
@@ -118,7 +125,7 @@ def test_a_search_outlives_a_node(nodes: Nodes, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     with search(nodes, tmp_path, "--trials", "2", "--ensemble", "1") as process:
         nodes.lose(standing(nodes, process, tmp_path))
-        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+        assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
     assert "ray:0 ray:1" in said
     assert "was lost on the Ray node" in said
@@ -138,7 +145,7 @@ def test_a_search_that_has_no_node_left_ends_with_a_sentence(nodes: Nodes, tmp_p
         nodes.add()
     with search(nodes, tmp_path, "--trials", "2", "--executor-option", "patience=3") as process:
         nodes.lose(standing(nodes, process, tmp_path))
-        assert process.wait(timeout=300) == 1
+        assert process.wait(timeout=200) == 1
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("error: the Ray cluster has had no room for a worker for 3 s; add nodes")
 
@@ -182,6 +189,7 @@ def write_images(folder: Path) -> None:
 
 def search(nodes: Nodes | None, folder: Path, *args: str, **env: str) -> subprocess.Popen[bytes]:
     """Start a search in a folder, on a cluster or one of its own; what it says goes to `log`."""
+    (NODES[0].folder / "site" / "marks" / "stands").unlink(missing_ok=True)
     where = ("--ray-address", nodes.address, "--executor-option", "gpus=1") if nodes else ()
     share = ("--devices", "cpu", "--executor-option", "cpus=1", *where)
     kept = {k: v for k, v in os.environ.items() if k not in env}
@@ -198,9 +206,12 @@ def standing(nodes: Nodes, process: subprocess.Popen[bytes], folder: Path) -> in
     while not mark.exists() or not mark.read_text():
         assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.1)
-    pid = int(mark.read_text())
-    mark.unlink()
-    return pid
+    return int(mark.read_text())
+
+
+def processes_of(node: Any) -> list[subprocess.Popen[bytes]]:
+    """The processes of a node of Ray's."""
+    return [info.process for infos in node.all_processes.values() for info in infos]
 
 
 def parent(pid: int) -> int:

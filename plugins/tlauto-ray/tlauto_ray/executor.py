@@ -30,8 +30,6 @@ class RayExecutor:
 
     def check(self, wanted: Wanted) -> None:
         """Raise ConfigError when Ray is not installed or a value cannot be right."""
-        if find_spec("ray") is None:
-            raise ConfigError("--executor ray needs ray; run 'pip install ray', or leave it out")
         if wanted.per_device is not None:
             raise ConfigError(
                 "--per-device: on a cluster, give each slot a share of a GPU with --executor-option gpus=0.5"
@@ -42,6 +40,8 @@ class RayExecutor:
             )
         for name in ("cpus", "gpus", "patience"):
             option(wanted, name, 1.0)
+        if find_spec("ray") is None:
+            raise ConfigError("--executor ray needs ray; run 'pip install ray', or leave it out")
 
     def open(self, wanted: Wanted) -> Pool:
         """Connect or start, and wait until there is a slot.

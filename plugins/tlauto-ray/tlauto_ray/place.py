@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,11 @@ class Place:
         life = actor.stay.options(concurrency_group="life").remote()
         return cls(slot, actor, actor.look.remote(site), life, is_late=is_late)
 
+    @property
+    def where(self) -> str:
+        """Its node, for a sentence."""
+        return f"the Ray node {self.node}" if self.node else "a Ray node"
+
     def look(self) -> str:
         """Notice what became of it; why its node cannot be used, empty when it can or is not known yet."""
         import ray
@@ -72,7 +78,8 @@ class Place:
         import ray
 
         self.is_lost = True
-        ray.kill(self.actor)
+        with contextlib.suppress(Exception):  # the cluster itself may be gone
+            ray.kill(self.actor)
 
 
 def _is_done(ref: Any) -> bool:

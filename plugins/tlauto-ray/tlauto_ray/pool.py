@@ -74,12 +74,14 @@ class RayPool(LocalPool):
         begun = time.monotonic()
         while len(self.slots) < len(self._places):
             waited = time.monotonic() - begun
-            if waited > self._patience_s or (self.slots and waited > SETTLE_S):
+            if waited > SETTLE_S and (self.slots or waited > self._patience_s):
                 break
             time.sleep(PAUSE_S)
             for place, lack in self._look():
-                raise ConfigError(f"the Ray node {place.node} {lack}")
-        self._check_slots()
+                raise ConfigError(f"{place.where} {lack}")
+            self._renew()
+        if not self.slots:
+            raise self._no_room()
         nodes = Counter(place.node for place in self._places.values() if place.is_ready)
         self._say("", "Ray gives " + ", ".join(f"{count} slots on {node}" for node, count in nodes.items()))
 
@@ -87,10 +89,13 @@ class RayPool(LocalPool):
         """As of any pool. Raises: TlautoError when there was no slot for too long."""
         for place, lack in self._look():
             place.is_given_up = True
-            self._say(place.slot, f"the Ray node {place.node} {lack}; slot {place.slot} is given up")
+            self._say(place.slot, f"{place.where} {lack}; slot {place.slot} is given up")
         self._renew()
         self._grow()
-        self._check_slots()
+        if self.slots:
+            self._had_slot = time.monotonic()
+        elif time.monotonic() - self._had_slot > self._patience_s:
+            raise self._no_room()
         notes, self._notes = self._notes, []
         return notes or super().wait(timeout_s)
 
@@ -108,6 +113,7 @@ class RayPool(LocalPool):
             super().close(grace_s=grace_s)
             for place in self._places.values():
                 place.end()
+            self._places.clear()
         finally:
             self._cluster.close()
             Path(self._site.token_file).unlink(missing_ok=True)
@@ -124,11 +130,11 @@ class RayPool(LocalPool):
                 continue
             if lack := place.look():
                 refused.append((place, lack))
-            if place.is_lost and not was_lost:
+            if place.is_lost and place.is_ready and not was_lost:
                 place.is_told_lost = True
-                self._say(place.slot, f"slot {place.slot} was lost on the Ray node {place.node}")
+                self._say(place.slot, f"slot {place.slot} was lost on {place.where}")
             elif place.is_ready and not was_ready and place.is_late:
-                self._say(place.slot, f"slot {place.slot} runs on the Ray node {place.node}")
+                self._say(place.slot, f"slot {place.slot} runs on {place.where}")
         return refused
 
     def _renew(self) -> None:
@@ -152,15 +158,11 @@ class RayPool(LocalPool):
             self._places[name] = Place.ask(name, self._share, self._site, is_late=bool(self._grown))
         self._grown = now
 
-    def _check_slots(self) -> None:
-        now = time.monotonic()
-        if self.slots:
-            self._had_slot = now
-        elif now - self._had_slot > self._patience_s:
-            raise TlautoError(
-                f"the Ray cluster has had no room for a worker for {self._patience_s:g} s; add nodes, or "
-                f"wait for other jobs to end ('ray status' shows both), and give the same command again"
-            )
+    def _no_room(self) -> TlautoError:
+        return TlautoError(
+            f"the Ray cluster has had no room for a worker for {self._patience_s:g} s; add nodes, or wait "
+            f"for other jobs to end ('ray status' shows both), and give the same command again"
+        )
 
     def _say(self, slot: str, text: str) -> None:
         self._notes.append(Event(slot, Note(text)))
