@@ -74,10 +74,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         store = _open_store(storage_url(config.out, config.storage), emit)
         undo.callback(store.close)
         name = _study_name(config, store)
-        stored = store.search(name)
-        if stored:
-            store.require_free(name)
-            _check_fits(name, config, SearchConfig.from_json(stored["config"]))
+        stored = _stored(store, name, config)
         dataset, report = _read_data(config, store, name if stored else None, emit)
         metric, why = _metric(config, dataset)
         heads = _heads_for(dataset.task, heads, config)
@@ -214,6 +211,15 @@ def _study_name(config: SearchConfig, store: Store) -> str:
         return base
     taken = set(store.studies())
     return next(n for n in (base, *(f"{base}-{i}" for i in range(2, 10_000))) if n not in taken)
+
+
+def _stored(store: Store, name: str, config: SearchConfig) -> dict[str, Any] | None:
+    """What is recorded of a study, when there is one; raises TlautoError when it cannot go on."""
+    stored = store.search(name)
+    if stored:
+        store.require_free(name)
+        _check_fits(name, config, SearchConfig.from_json(stored["config"]))
+    return stored
 
 
 def _check_fits(name: str, config: SearchConfig, old: SearchConfig) -> None:
