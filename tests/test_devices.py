@@ -13,7 +13,7 @@ from tests_support import environment, install_troubles, spec_of
 
 from tlauto.contracts import EpochResult, TrialDone
 from tlauto.data import load_dataset
-from tlauto.devices import PACKED, Slot, available_cores, device_of, make_slots
+from tlauto.devices import PACKED, Slot, available_cores, device_of, make_slots, visible_gpus
 from tlauto.errors import ConfigError
 from tlauto.pool.local import LocalPool
 from tlauto.pool.protocol import Answer, RunTrial
@@ -32,6 +32,16 @@ def test_cpu_slots_share_the_cores() -> None:
     assert slots[0].env["OMP_NUM_THREADS"] == str(slots[0].threads)
     assert slots[0].env["CUDA_VISIBLE_DEVICES"] == ""
     assert slots[0].env["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+@pytest.mark.parametrize(
+    ("listed", "seen"), [("0,-1,1", ["0"]), ("-1", []), ("2, 1", ["2", "1"]), ("0,,1", ["0"])]
+)
+def test_gpus_are_listed_as_cuda_reads_the_list(
+    monkeypatch: pytest.MonkeyPatch, listed: str, seen: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert visible_gpus() == seen
 
 
 def test_each_gpu_slot_sees_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
@@ -110,7 +111,8 @@ def visible_gpus() -> list[str]:
     """The ids that CUDA_VISIBLE_DEVICES lists, else one per GPU that nvidia-smi finds."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
-        return [part.strip() for part in listed.split(",") if part.strip() not in ("", "-1")]
+        # As CUDA reads it: what follows an id that is none is not seen either.
+        return list(itertools.takewhile(lambda id: id not in ("", "-1"), map(str.strip, listed.split(","))))
     if not shutil.which("nvidia-smi"):
         return []
     try:
