@@ -60,9 +60,9 @@ def test_an_executor_that_is_not_installed_is_named_with_its_plugin(tmp_path: Pa
 
 
 def test_options_travel_with_the_settings_and_may_change_when_a_search_goes_on(tmp_path: Path) -> None:
-    options = parse_options(("address=ray://head:10001", "cpus=4"))
+    options = parse_options(("address=head:6379", "cpus=4"))
     config = SearchConfig(data=str(tmp_path), executor="ray", executor_options=options)
     assert SearchConfig.from_json(config.to_json()) == config
-    assert options == {"address": "ray://head:10001", "cpus": "4"}
+    assert options == {"address": "head:6379", "cpus": "4"}
     with pytest.raises(ConfigError, match="the executor's option 'cpus' is given twice"):
         parse_options(("cpus=1", "cpus=2"))

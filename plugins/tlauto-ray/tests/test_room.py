@@ -63,6 +63,7 @@ def test_what_no_node_has_is_refused(asked: Wanted, said: str) -> None:
         (wanted(gpus="1.5"), "--executor-option gpus=1.5: write a fraction of 1 or a whole number"),
         (wanted(gpus="-1"), "--executor-option gpus=-1: write a fraction of 1 or a whole number"),
         (wanted(cpus="half"), "--executor-option cpus=half: write a whole number"),
+        (wanted(address="ray://head:10001"), "a search must run on a machine of the cluster"),
         (wanted(patience="nan"), "--executor-option patience=nan: write seconds"),
     ],
 )

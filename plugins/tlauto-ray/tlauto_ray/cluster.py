@@ -63,7 +63,7 @@ class Cluster:
 def connect(address: str | None) -> Cluster:
     """Connect to the cluster at an address, or start one on this machine.
 
-    Args: address: `auto`, `HOST:PORT` or `ray://HOST:PORT`; None starts one.
+    Args: address: `auto` or `HOST:PORT`; None starts one.
     Raises: TlautoError when there is none, or when Ray does not start.
     """
     if address is None:
@@ -137,4 +137,5 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _sentence(error: Exception) -> str:
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return said.rstrip(".") or type(error).__name__

@@ -38,6 +38,11 @@ class RayExecutor:
             raise ConfigError(
                 f"--devices {wanted.devices}: on a cluster Ray chooses the device; use {', '.join(DEVICES)}"
             )
+        if wanted.options.get("address", "").startswith("ray://"):
+            raise ConfigError(
+                "a search must run on a machine of the cluster, not behind Ray's client (ray://); start it "
+                "there with --ray-address auto, or join this machine ('ray start --address=HOST:PORT')"
+            )
         for name in ("cpus", "gpus", "patience"):
             option(wanted, name, 1.0)
         if find_spec("ray") is None:

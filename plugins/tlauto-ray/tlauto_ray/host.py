@@ -56,8 +56,7 @@ class Host:
         own = dict(env)
         if slot.device == "cuda":
             own["CUDA_VISIBLE_DEVICES"] = _gpus()
-        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._lines[number] = lines
+        lines = self._queue(number)
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         process = self._processes[number] = start_process(slot, Path(log), env=own)
         threading.Thread(target=_listen, args=(process, lines), daemon=True).start()
@@ -76,10 +75,10 @@ class Host:
         """What the worker said since the last call, and its exit code once it ended and all is read."""
         lines: list[str] = []
         try:
-            line = self._lines[number].get(timeout=POLL_S)
+            line = self._queue(number).get(timeout=POLL_S)
             while line is not None:
                 lines.append(line)
-                line = self._lines[number].get_nowait()
+                line = self._queue(number).get_nowait()
         except queue.Empty:
             return lines, None
         code = self._processes.pop(number).wait()
@@ -91,6 +90,10 @@ class Host:
         process = self._processes.get(number)
         if process is not None:
             process.kill()
+
+    def _queue(self, number: int) -> queue.SimpleQueue[str | None]:
+        # Whoever comes first makes it: a worker may be read before it is started.
+        return self._lines.setdefault(number, queue.SimpleQueue())
 
     def stay(self) -> None:
         """Return never: who waits for it learns of this actor's end."""

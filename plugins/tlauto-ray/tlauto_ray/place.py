@@ -79,7 +79,8 @@ class Place:
 
         self.is_lost = True
         with contextlib.suppress(Exception):  # the cluster itself may be gone
-            ray.kill(self.actor)
+            if ray.is_initialized():  # else Ray would start a cluster to do it in
+                ray.kill(self.actor)
 
 
 def _is_done(ref: Any) -> bool:

@@ -83,7 +83,8 @@ class RayPool(LocalPool):
         if not self.slots:
             raise self._no_room()
         nodes = Counter(place.node for place in self._places.values() if place.is_ready)
-        self._say("", "Ray gives " + ", ".join(f"{count} slots on {node}" for node, count in nodes.items()))
+        counts = (f"{count} slot{'s' if count > 1 else ''} on {node}" for node, count in nodes.items())
+        self._say("", f"Ray gives {', '.join(counts)}")
 
     def wait(self, timeout_s: float) -> list[Event]:
         """As of any pool. Raises: TlautoError when there was no slot for too long."""

@@ -61,7 +61,7 @@ class RemoteProcess:
             try:
                 lines, self._code = ray.get(read.remote(self._number))
             except Exception:  # noqa: BLE001 the actor or its node is gone, or the cluster
-                self.place.is_lost = True
+                self.place.end()
                 break
             yield from lines
         self._has_ended.set()
