@@ -246,6 +246,15 @@ def test_a_round_of_chaos_says_what_it_did_and_finds_nothing(tmp_path: Path) -> 
     assert json.loads(last) == {**dict.fromkeys(chaos.FIGURES, 0), "rounds": 1}
 
 
+@linux_only
+def test_a_search_is_killed_at_its_writes_and_goes_on(tmp_path: Path) -> None:
+    done = script("writes.py", "--first", "12", "--every", "1000", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("writes") > 100
+    assert found == {LOST: 0, DOUBLE: 0, MISSED: 0, "killed": 1}
+
+
 PARTS: dict[str, tuple[str, ...]] = {
     "speedup": ("--trials", "2", "--images", "24"),
     "ctrl_c": ("--moments", "trials,bundle held up", "--repeats", "1"),

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from simulated import NAME, SimulatedPool, simulate
 from tests_support import spec_of
 
 from tlauto.builtin.tasks import task
-from tlauto.errors import ConfigError, DeviceLost, Diverged, Hung, OutOfMemory, TrialTimeout, WorkerDied
+from tlauto.contracts import TrialSpec
+from tlauto.errors import (
+    ConfigError,
+    DeviceLost,
+    Diverged,
+    Hung,
+    OutOfMemory,
+    TrialError,
+    TrialTimeout,
+    WorkerDied,
+)
 from tlauto.failures import HALVINGS, Retry, retry, why_to_end
 from tlauto.plugins import registry
 from tlauto.pool.beats import Limits, Watch, beat_every, limits_here
+from tlauto.pool.protocol import JobFailed, Message
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store
 from tlauto.study import INTERRUPTED, Study, earlier_ends
@@ -172,3 +185,27 @@ def test_the_silence_allowed_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None
         limits_here()
     monkeypatch.delenv("TLAUTO_SILENCE")
     assert (limits_here().silence_s, beat_every()) == (300, 5)
+
+
+# --- what workers say ---------------------------------------------------------------------------------
+
+
+class Refusing(SimulatedPool):
+    """Workers that cannot even begin a trial."""
+
+    def _end(self, spec: TrialSpec, seconds: float) -> Message:
+        return JobFailed("MemoryError", "in an import")
+
+
+def test_a_trial_that_cannot_begin_is_tried_again_by_another_worker(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrialError, match=r"first 5 trials all failed, .* process could not begin: MemoryError"
+    ):
+        simulate(tmp_path, Refusing(1, seconds=lambda number: 0.0, lasts=300.0))
+    url = f"sqlite:///{tmp_path / 'tlauto.db'}"
+    with closing(Store(url)) as store, closing(Study(url, NAME, seed=0, create=False)) as study:
+        rows = store.trials(NAME)
+        assert [t.state for t in study.trials() if t.state != "waiting"] == ["failed"] * 16
+    facts = [(row["error_kind"], row["detail"]) for row in rows.values()]
+    # Ten probes and the default recipe, each proposed again behind them, and five of those attempts.
+    assert facts == [(WorkerDied.kind, "in an import")] * 16

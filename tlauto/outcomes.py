@@ -55,9 +55,14 @@ def handle(loop: Loop, event: Event) -> None:
             now = time.monotonic()
             loop.may_bundle_at = now + BUNDLE_PAUSE * (now - job.started)
             del loop.busy[event.slot]
-        case JobFailed(message) if job:
-            loop.emit(Said(f"the best model so far could not be written: {message}"))
+        case JobFailed(message, detail) if job:
             del loop.busy[event.slot]
+            if job.is_bundle:
+                loop.emit(Said(f"the best model so far could not be written: {message}"))
+            else:  # no memory was left to import PyTorch, say; another process may have it
+                why = f"the worker process could not begin: {message}"
+                failed = TrialFailed(job.spec.number, WorkerDied.kind, why, detail)
+                _failed(loop, event.slot, job, failed, loop.session.pool.kill(event.slot))
         case Note(text):
             loop.emit(Said(text))
         case None if job:
