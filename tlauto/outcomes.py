@@ -62,7 +62,7 @@ def handle(loop: Loop, event: Event) -> None:
             else:  # no memory was left to import PyTorch, say; another process may have it
                 why = f"the worker process could not begin: {message}"
                 failed = TrialFailed(job.spec.number, WorkerDied.kind, why, detail)
-                _failed(loop, event.slot, job, failed, loop.session.pool.kill(event.slot))
+                fail(loop, event.slot, job, failed, loop.session.pool.kill(event.slot))
         case Note(text):
             loop.emit(Said(text))
         case None if job:
@@ -138,17 +138,17 @@ def fail(
     if failed.kind == OutOfMemory.kind and job.is_alone and job.stage == "runs":
         facts[ATTRIBUTE] = _took(loop, slot, job, failed.bytes, fits=False)
     again = _retry(loop, spec, failed.kind) if may_retry else None
-    if again:
-        # Before it fails: a search that is killed in between tries it again once all the same.
-        more = {} if again.micro_batch is None else {"micro_batch": again.micro_batch}
-        session.study.requeue(spec.number, why=failed.kind, **more)
-        facts["retried"] = True
     detail = "\n".join(part.strip("\n") for part in (failed.detail, log_tail) if part)
     session.store.fail_trial(
         session.name, spec.number, kind=failed.kind, message=failed.message, detail=detail
     )
-    session.study.note(spec.number, **facts)
-    session.study.fail(spec.number, kind=failed.kind, message=failed.message)
+    with session.study.together():  # it fails and is proposed again, or neither
+        if again:
+            more = {} if again.micro_batch is None else {"micro_batch": again.micro_batch}
+            session.study.requeue(spec.number, why=failed.kind, **more)
+            facts["retried"] = True
+        session.study.note(spec.number, **facts)
+        session.study.fail(spec.number, kind=failed.kind, message=failed.message)
     note = f"{failed.kind}: {failed.message}{_shown(again)}"
     loop.emit(TrialEnded.of(spec, slot, "failed", None, seconds, note=note, kind=failed.kind))
     loop.emit(_progress(loop))
