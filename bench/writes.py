@@ -35,6 +35,7 @@ from tlauto.config import SearchConfig
 from tlauto.contracts import BackboneInfo, EpochResult, TrialDone, TrialSpec, WeightsStatus, trains_backbone
 from tlauto.coordinator import run
 from tlauto.data import Dataset
+from tlauto.executors import Wanted
 from tlauto.plugins import registry
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import (
@@ -57,8 +58,20 @@ FIRST = {
 FIGURES = (LOST, DOUBLE, MISSED)
 
 
+class Light:
+    """Where the light workers run."""
+
+    name = "light"
+
+    def open(self, _wanted: Wanted) -> LightPool:
+        """Two of them."""
+        return LightPool()
+
+
 class LightPool:
     """Workers that answer at once, with scores that depend on the trial's parameters and seed alone."""
+
+    device = "cpu"
 
     def __init__(self) -> None:
         self.slots = ("light:0", "light:1")
@@ -192,7 +205,7 @@ def _search(folder: Path, images: Path, killed_at: int | None, writing: int) -> 
 
 def main() -> None:
     args = parse()
-    tlauto.prepare._make_pool = lambda *_: LightPool()
+    tlauto.prepare.choose_executor = lambda _config, *, out, cache: (Light(), Wanted(out, cache))
     totals, killed = Counter[str](), 0
     base = Path(tempfile.mkdtemp(prefix="tlauto-writes-"))
     os.environ["TLAUTO_CACHE"] = str(base / "cache")

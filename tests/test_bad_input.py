@@ -231,7 +231,7 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path, text: str, said: str) ->
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("TLAUTO_PLUGINS", "tlauto-nosuch", "'tlauto-nosuch', which is not an installed plugin (installed: "),
+        ("TLAUTO_PLUGINS", "absent", "'absent', which is not an installed plugin (installed: "),
         (
             "TLAUTO_WEIGHTS",
             "/no/weights",

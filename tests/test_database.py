@@ -263,7 +263,7 @@ def test_a_full_disk_ends_a_search_in_one_sentence_and_loses_no_trial(
     search = f"$TLAUTO search --data patches --out runs {' '.join(FROZEN)} --trials 6"
     # Room for the tables and about two trials.
     done = run_with_mounts(
-        f"""mount -t tmpfs -o size=900k tmpfs runs
+        f"""mount -t tmpfs -o size=600k tmpfs runs
         {search} || echo "ended with $?" >&2
         $TLAUTO leaderboard --out runs --json > before.json
         mount -o remount,size=64m runs

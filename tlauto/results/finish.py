@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlauto import metrics
+from tlauto.connections import GOES_ON
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, spec_from_json
 from tlauto.devices import AUTO, device_of
 from tlauto.errors import TlautoError, TrialError
@@ -292,4 +293,5 @@ def _ended(event: Event, emit: Emit) -> Message | None:
 
 
 def _why(message: Message | None) -> str:
-    return message.message if isinstance(message, (TrialFailed, JobFailed)) else "no answer"
+    why = message.message if isinstance(message, (TrialFailed, JobFailed)) else "no answer"
+    return f"{why}; make room on its disk; {GOES_ON}" if "No space left" in why else why
