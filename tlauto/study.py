@@ -165,9 +165,8 @@ class Study:
                 yield
         except (KeyError, StoreError) as error:
             # A record that is not there any more is a KeyError, or refused; so is a mistake of ours.
-            if isinstance(error, KeyError) or is_conflict(error.__cause__):
-                with _explained(self._url):
-                    _exists(self._storage, self._stored_as, create=False)
+            if self._url != MEMORY and (isinstance(error, KeyError) or is_conflict(error.__cause__)):
+                check_name(self._url, self._stored_as, create=False)
             raise
 
     # --- proposing --------------------------------------------------------------------------------
