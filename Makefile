@@ -1,6 +1,7 @@
 # Everything a developer runs. Each target sets up .venv by itself; only Python >= 3.11 and make are needed.
 #   make demo    search real images with real pretrained weights, end to end, in a few minutes
 #   make test    lint, types and all tests
+#   make test-slow  the tests that 'make test' leaves out: whole benchmarks, long kills and restarts
 #   make lint    ruff and mypy only
 #   make bench   a search against a scikit-learn script, on your data (bench/RESULTS.md)
 # PYTHON=python3.12 chooses the interpreter, VENV=DIR another environment.
@@ -15,7 +16,7 @@ DEMO_DATA ?= demo-data
 DEMO_OUT ?= tlauto-runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench constraints clean
+.PHONY: help setup demo test test-slow lint format bench constraints clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,6 +43,9 @@ format: setup
 # A file's tests share fixtures and stay in one process; one arithmetic thread each, since the cores are taken.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow $(ARGS)
 
 # A study that exists goes on: the second 'make demo' only shows what the first one found. '--split test' of
 # data without a test part measures on the images that the model was not fitted on.

@@ -34,6 +34,7 @@ def bench(*args: str, cwd: Path, python: str = sys.executable) -> subprocess.Com
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
 
 
+@pytest.mark.slow
 def test_finished_results_are_kept_and_counted_with_later_ones(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

@@ -25,6 +25,8 @@ from tlauto.recipe import AUGMENT_LEVELS
 from tlauto.training.batches import normalise
 from tlauto.training.pixels import centre_crop, decode
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 

@@ -237,6 +237,7 @@ def test_a_model_that_is_not_whole_is_counted(round: Round) -> None:
     assert [name for name, _ in chaos.at_end(round.search)] == [MISSED]
 
 
+@pytest.mark.slow
 @linux_only
 def test_a_round_of_chaos_says_what_it_did_and_finds_nothing(tmp_path: Path) -> None:
     done = script("chaos.py", "--only-round", "4", "--seed", "0", cwd=tmp_path)
@@ -246,6 +247,7 @@ def test_a_round_of_chaos_says_what_it_did_and_finds_nothing(tmp_path: Path) -> 
     assert json.loads(last) == {**dict.fromkeys(chaos.FIGURES, 0), "rounds": 1}
 
 
+@pytest.mark.slow
 @linux_only
 def test_a_search_is_killed_at_its_writes_and_goes_on(tmp_path: Path) -> None:
     done = script("writes.py", "--first", "12", "--every", "1000", cwd=tmp_path)
@@ -263,6 +265,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.slow
 @linux_only
 @pytest.mark.parametrize("part", PARTS)
 def test_the_processes_of_a_search_are_measured(part: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pytest
 import simulated
 from PIL import Image
 from tests_support import command, environment, leaderboard, run
@@ -118,6 +119,7 @@ def test_a_hopeless_trial_ends_after_two_epochs_but_the_default_recipe_does_not(
     assert (kept.state.name, sorted(kept.intermediate_values)) == ("COMPLETE", [1, 2, 3, 4])
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_inside_the_trial_that_ran(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

@@ -27,6 +27,8 @@ from tlauto.events import EpochEnded, TrialEnded
 from tlauto.plugins import registry
 from tlauto.training.fit import run_trial
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[1] / "bench"
 CONFIGS = 20
 RECORD = (

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,7 +15,17 @@ from typing import Any
 import pytest
 from postgres_support import PASSWORD, Server, postgres
 from test_migrations import columns, described, open_at_once
-from tests_support import TINY, command, environment, refused, run, trial_spec, wait_for, wait_until_served
+from tests_support import (
+    HERE,
+    TINY,
+    command,
+    environment,
+    refused,
+    run,
+    trial_spec,
+    wait_for,
+    wait_until_served,
+)
 
 from tlauto import store as tables
 from tlauto.connections import open_engine
@@ -258,6 +267,7 @@ def test_a_killed_server_costs_a_search_nothing_or_one_sentence(
     assert len(after) == 8
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_a_search_in_one_sentence_and_it_goes_on_later(
     server: Server, url: str, tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:
@@ -351,7 +361,7 @@ def test_the_dashboard_shows_it_also_after_the_server_was_restarted(
         port = int(wait_for(log, r"http://127\.0\.0\.1:(\d+) ", serving)[1])
         wait_until_served(port)
         for _ in range(2):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=60) as answer:
+            with HERE.open(f"http://127.0.0.1:{port}/api/studies", timeout=60) as answer:
                 names = {study["study_name"] for study in json.load(answer)["study_summaries"]}
             assert names == {"patches", "others"}
             server.stop()

@@ -81,14 +81,15 @@ def trials(folder: Path, version: int = 1) -> list[Any]:
 
 
 def facts(folder: Path) -> list[tuple[Any, ...]]:
-    """All that is recorded of each trial but how long it took."""
-    timed = ("seconds", "image_seconds", "slot")
+    """All that is recorded of each trial but how long it took, and how much memory."""
+    timed = ("seconds", "image_seconds", "slot", "memory")
     return [
         (t.number, t.state, t.params, t.score, {k: v for k, v in t.attrs.items() if k not in timed})
         for t in trials(folder)
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_as_if_it_had_never_stopped(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

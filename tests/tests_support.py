@@ -118,13 +118,17 @@ def wait_for(log: Path, pattern: str, process: subprocess.Popen[Any]) -> re.Matc
     raise AssertionError(f"'{pattern}' never came; it said:\n{log.read_text()}")
 
 
+HERE = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens pages of this machine, whatever proxy another test has set for good."""
+
+
 def wait_until_served(port: int) -> None:
     """Return once the dashboard answers; it says that it listens a moment before it does."""
     # An answer, not a connection: to a port that nobody listens on one may connect with oneself.
     deadline = time.monotonic() + 60
     while True:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).close()
+            HERE.open(f"http://127.0.0.1:{port}/", timeout=30).close()
             return
         except (OSError, http.client.HTTPException):
             assert time.monotonic() < deadline

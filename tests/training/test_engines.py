@@ -293,6 +293,7 @@ def test_wrong_images_are_an_error_of_pytorch(tmp_path: Path) -> None:
 # --- measured ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_engines_are_measured_side_by_side(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
     make_patches(tmp_path / "patches")
     bench = Path(__file__).parents[2] / "bench" / "forward.py"

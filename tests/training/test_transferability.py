@@ -368,6 +368,7 @@ def test_the_bench_scripts_correlation_is_spearmans() -> None:
     assert spearman([1.0], [0.5]) is None
 
 
+@pytest.mark.slow
 def test_the_bench_script_scores_backbones_and_ends_in_json(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

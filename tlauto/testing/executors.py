@@ -211,8 +211,9 @@ def _assert_gone(pid: int) -> None:
 
 
 def _figures(done: TrialDone) -> dict[str, Any]:
-    """All of a result that does not depend on the clock or its number."""
-    return {name: value for name, value in asdict(done).items() if name not in ("number", "seconds")}
+    """All of a result that depends on neither the clock, its number nor what else a process has loaded."""
+    left_out = ("number", "seconds", "versions")
+    return {name: value for name, value in asdict(done).items() if name not in left_out}
 
 
 def _spec(folder: Path, number: int, **changes: Any) -> TrialSpec:

@@ -137,6 +137,7 @@ def test_a_search_outlives_a_node(nodes: Nodes, tmp_path: Path) -> None:
     assert json.loads(run("show", "--json", cwd=tmp_path).stdout)["trials"] == 2
 
 
+@pytest.mark.slow
 def test_a_search_that_has_no_node_left_ends_with_a_sentence(nodes: Nodes, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     while len(nodes.workers) > 1:
