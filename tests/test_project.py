@@ -109,4 +109,4 @@ def test_every_test_that_a_document_names_exists() -> None:
 def test_continuous_integration_runs_make_test() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().rstrip().endswith("make test")
+    assert script.read_text().rstrip().endswith("make test\nmake test-slow")
