@@ -75,13 +75,18 @@ class Cleared:
 
 def cache_limit() -> int:
     """Bytes that the arrays may take, from `TLAUTO_CACHE_SIZE`; raises ConfigError for a bad value."""
-    text = os.environ.get("TLAUTO_CACHE_SIZE")
+    return size_setting("TLAUTO_CACHE_SIZE", DEFAULT_LIMIT)
+
+
+def size_setting(variable: str, default: int) -> int:
+    """Bytes that an environment variable says, such as `500MB`; raises ConfigError for a bad value."""
+    text = os.environ.get(variable)
     if not text:
-        return DEFAULT_LIMIT
+        return default
     try:
         return parse_size(text)
     except ConfigError as error:
-        raise ConfigError(f"TLAUTO_CACHE_SIZE: {error}") from None
+        raise ConfigError(f"{variable}: {error}") from None
 
 
 def parse_size(text: str) -> int:

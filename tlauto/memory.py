@@ -6,8 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tlauto.caches import parse_size
-from tlauto.errors import ConfigError
+from tlauto.caches import size_setting
 
 FLOOR = "TLAUTO_MEMORY_FLOOR"
 DEFAULT_FLOOR = 1_000_000_000
@@ -20,17 +19,6 @@ CONTEXT = 600 * 2**20
 def memory_floor() -> int:
     """Bytes of memory that must be left, from TLAUTO_MEMORY_FLOOR; raises ConfigError for a bad value."""
     return size_setting(FLOOR, DEFAULT_FLOOR)
-
-
-def size_setting(variable: str, default: int) -> int:
-    """Bytes that an environment variable says, such as `500MB`; raises ConfigError for a bad value."""
-    text = os.environ.get(variable)
-    if not text:
-        return default
-    try:
-        return parse_size(text)
-    except ConfigError as error:
-        raise ConfigError(f"{variable}: {error}") from None
 
 
 def held_bytes() -> int | None:

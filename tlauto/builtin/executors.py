@@ -30,15 +30,10 @@ class Local:
         return LocalPool(slots, logs=wanted.folder / "logs", env=wanted.env, limits=wanted.limits)
 
 
-class InProcess:
+class InProcess(Local):
     """One worker in the coordinator's process, for a debugger (`--workers 0`)."""
 
     name = "in-process"
-    options: tuple[str, ...] = ()
-
-    def check(self, wanted: Wanted) -> None:
-        """Raise ConfigError for a device that this machine does not have."""
-        make_slots(wanted.devices, wanted.workers, per_device=wanted.per_device)
 
     def open(self, wanted: Wanted) -> Pool:
         """A worker on a thread that starts with its first job."""

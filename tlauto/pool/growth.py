@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tlauto.memory import size_setting
+from tlauto.caches import size_setting
 
 VARIABLE = "TLAUTO_WORKER_GROWTH"
 DEFAULT = 1_000_000_000
