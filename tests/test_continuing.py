@@ -58,6 +58,7 @@ def noisy(root: Path) -> None:
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
 
 
+@pytest.mark.slow
 def test_a_paused_trial_is_promoted_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     noisy(tmp_path / "patches")
     done = run(*SEARCH, "--strategies", "full,partial", "--trials", "14", "--seed", "0", cwd=tmp_path)
@@ -94,6 +95,7 @@ def test_the_worse_half_is_paused_but_never_the_default_recipe(tmp_path: Path) -
     assert len(states) <= 5
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_ends_after_two_epochs_but_the_default_recipe_does_not(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

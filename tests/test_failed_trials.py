@@ -152,6 +152,7 @@ def test_the_last_lines_are_kept_and_shown(troubled: Place) -> None:
     assert kinds == {None, "error", "diverged", "worker died", "device lost", "out of memory"}
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_killed_and_its_trial_runs_again(place: Place) -> None:
     place.propose({"stands": FROZEN})
     mark = place.folder / "site" / "marks" / "stands"

@@ -225,6 +225,7 @@ def install(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}", "TLAUTO_PLUGINS": "plain"}
 
 
+@pytest.mark.slow
 def test_a_plugin_may_come_and_go(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
     make_patches(tmp_path / "patches")
     search = (*SEARCH, "--backbones", RESNET, "--trials")
