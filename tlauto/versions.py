@@ -26,8 +26,6 @@ from tlauto.study import INTERRUPTED, POINT, PROPOSED, SHELVED, Study, check_nam
 OFFERED = ("backbone", "strategy", "head")
 """The categories that decide whether a trial belongs to a version."""
 
-Choices = Mapping[str, tuple[Scalar, ...]]
-
 
 def choices_of(url: str, name: str, version: int) -> dict[str, tuple[Scalar, ...]]:
     """The values of every category that a trial of a version was drawn from."""
