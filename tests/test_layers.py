@@ -21,7 +21,7 @@ LAYER_1 = frozenset(
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 DATABASE = frozenset({"connections", "migrations"})
-OPTUNA = frozenset({"study", "versions", "sampler", "writethrough"})
+OPTUNA = frozenset({"study", "versions", "sampler", "writethrough", "rows"})
 LAYER_2 = frozenset({"store", "training", "builtin"}) | OPTUNA | NETWORKS | DATABASE
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
@@ -53,7 +53,8 @@ def _rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(DATABASE | {"store"}, Rule(BELOW_2 | DATABASE, frozenset({"sqlalchemy"})))
     rules["study"] = Rule(BELOW_2 | {"connections", "sampler", "writethrough"}, frozenset({"optuna"}))
     rules["versions"] = Rule(BELOW_2 | {"study"}, frozenset({"optuna"}))
-    rules["writethrough"] = Rule(BELOW_2, frozenset({"optuna", "sqlalchemy"}))
+    rules["writethrough"] = Rule(BELOW_2 | {"rows"}, frozenset({"optuna", "sqlalchemy"}))
+    rules["rows"] = Rule(BELOW_2, frozenset({"optuna", "sqlalchemy"}))
     rules["sampler"] = Rule(BELOW_2, frozenset({"optuna", "numpy"}))
     rules |= dict.fromkeys(
         NETWORKS, Rule(BELOW_2, frozenset({"torch", "numpy", "safetensors"}), none, LIBRARIES)
@@ -179,7 +180,7 @@ def test_only_study_imports_optuna_and_only_the_store_imports_sqlalchemy() -> No
             if top in users and not found.is_typing:
                 users[top].add(_part(file))
     assert users["optuna"] <= OPTUNA
-    assert users["sqlalchemy"] <= {"store", "writethrough"} | DATABASE
+    assert users["sqlalchemy"] <= {"store", "writethrough", "rows"} | DATABASE
 
 
 def test_the_walk_sees_imports_inside_functions_and_under_type_checking(tmp_path: Path) -> None:

@@ -347,6 +347,11 @@ def _explained(url: str) -> Iterator[None]:
             yield
     except optuna.exceptions.StorageInternalError as error:
         raise StoreError(explanation(url, error.__cause__ or error)) from error.__cause__
+    except optuna.exceptions.UpdateFinishedTrialError as error:
+        raise StoreError(
+            "a running trial was ended by another program (in the dashboard?); the same command goes on "
+            "without it"
+        ) from error
 
 
 def _exists(storage: optuna.storages.BaseStorage, name: str, *, create: bool) -> bool:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import optuna
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.distributions import BaseDistribution
+from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import orm
+
+from tlauto.rows import Rows
 
 
 class _Session(orm.Session):
@@ -40,25 +42,12 @@ def _of_study(name: str) -> Any:
     return change
 
 
-def _of_trial(name: str) -> Any:
-    """A change of a trial, likewise; False says that there was nothing to change."""
-    change_memory = getattr(InMemoryStorage, name)
-
-    def change(self: WriteThrough, trial_id: int, *args: Any, **named: Any) -> Any:
-        result = change_memory(self, trial_id, *args, **named)
-        if result is not False:
-            self._later(lambda: getattr(self._database, name)(self._trial_ids[trial_id], *args, **named))
-        return result
-
-    return change
-
-
 class WriteThrough(InMemoryStorage):
     """One study, whose only writer this is: nothing that it knows is ever read again.
 
     Optuna's own cache reads all trials that run from the database at each look, and writes every
     parameter and attribute in a transaction of its own. Changes within `together` are one transaction,
-    written at its end.
+    written at its end: new trials, then what is known of trials, then which of them are over.
 
     Args:
         database: where the study is, or is to be made.
@@ -70,9 +59,11 @@ class WriteThrough(InMemoryStorage):
         self.engine = database.engine
         self._sessions = orm.scoped_session(orm.sessionmaker(bind=database.engine, class_=_Session))
         database.scoped_session = self._sessions  # type: ignore[assignment]  # sessions of ours are sessions
-        self._database: BaseStorage = optuna.storages.get_storage(database)
+        self._database = database
         self._trial_ids: list[int] = []
-        self._waiting: list[Callable[[], object]] = []
+        self._new: list[Callable[[], object]] = []
+        self._rows = Rows()
+        self._ends: list[Callable[[], object]] = []
         self._depth = 0
         known = {study.study_name: study._study_id for study in database.get_all_studies()}
         if name in known:
@@ -92,7 +83,9 @@ class WriteThrough(InMemoryStorage):
         finally:
             self._depth -= 1
             if not self._depth:
-                self._waiting.clear()
+                self._new.clear()
+                self._rows.clear()
+                self._ends.clear()
 
     def remove_session(self) -> None:
         """Close this thread's connection."""
@@ -116,17 +109,49 @@ class WriteThrough(InMemoryStorage):
 
     set_study_user_attr = _of_study("set_study_user_attr")
     set_study_system_attr = _of_study("set_study_system_attr")
-    set_trial_param = _of_trial("set_trial_param")
-    set_trial_state_values = _of_trial("set_trial_state_values")
-    set_trial_intermediate_value = _of_trial("set_trial_intermediate_value")
-    set_trial_user_attr = _of_trial("set_trial_user_attr")
+
+    def set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+    ) -> None:
+        """Set a parameter in both."""
+        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+        with self.together():
+            self._rows.add_param(trial_id, param_name, param_value_internal, distribution)
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        """Report an epoch's score to both."""
+        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+        with self.together():
+            self._rows.add_report(trial_id, step, intermediate_value)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Note a fact in both."""
+        super().set_trial_user_attr(trial_id, key, value)
+        with self.together():
+            self._rows.add_attr(trial_id, "user", key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Note what a sampler wants to know later; proposals under way are shared with nobody."""
         if not key.startswith("tpe:"):
-            self._set_system_attr(trial_id, key, value)
+            super().set_trial_system_attr(trial_id, key, value)
+            with self.together():
+                self._rows.add_attr(trial_id, "system", key, value)
 
-    _set_system_attr = _of_trial("set_trial_system_attr")
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Begin or end a trial in both; False when there was nothing to begin."""
+        if not super().set_trial_state_values(trial_id, state, values):
+            return False
+        with self.together():
+            self._ends.append(
+                lambda: self._database.set_trial_state_values(self._trial_ids[trial_id], state, values)
+            )
+        return True
 
     # --------------------------------------------------------------------------------------------------
 
@@ -144,13 +169,16 @@ class WriteThrough(InMemoryStorage):
 
     def _later(self, write: Callable[[], object]) -> None:
         with self.together():
-            self._waiting.append(write)
+            self._new.append(write)
 
     def _write(self) -> None:
         session = self._sessions()
         session.is_held = True
         try:
-            for write in self._waiting:
+            for write in self._new:
+                write()
+            self._rows.write(session, self._trial_ids)
+            for write in self._ends:
                 write()
         except BaseException:
             session.is_held = False

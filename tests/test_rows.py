@@ -1,0 +1,120 @@
+"""What is written in one statement for each of Optuna's tables reads as if Optuna had written it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from postgres_support import postgres
+from test_study import make_space
+
+from tlauto.errors import StoreError
+from tlauto.study import Study, opened
+from tlauto.writethrough import WriteThrough
+
+KNOWN: dict[str, BaseDistribution] = {
+    "backbone": CategoricalDistribution(("timm:a", "keras:B")),
+    "rate": FloatDistribution(1e-5, 1.0, log=True),
+    "depth": IntDistribution(1, 9, step=2),
+}
+WAITING = optuna.create_trial(
+    state=TrialState.WAITING, user_attrs={"purpose": "probe"}, system_attrs={"fixed_params": {"depth": 3}}
+)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            yield f"sqlite:///{tmp_path / 'tlauto.db'}"
+        else:
+            yield stack.enter_context(postgres()).make_database("rows")
+
+
+def fill(storage: BaseStorage, name: str) -> None:
+    """All that a search does to trials, to a new study."""
+    study = storage.create_new_study([StudyDirection.MAXIMIZE], name)
+    for number, template in enumerate((None, WAITING, None, None)):
+        trial = storage.create_new_trial(study, template)
+        if template:
+            storage.set_trial_state_values(trial, TrialState.RUNNING)
+        for name, value in (
+            ("backbone", "keras:B"),
+            ("rate", 0.1 / 3 * (number + 1)),
+            ("depth", 2 * number + 1),
+        ):
+            storage.set_trial_param(trial, name, KNOWN[name].to_internal_repr(value), KNOWN[name])
+        for text in ("first", {"metrics": [0.5, None, "ä"]}):
+            storage.set_trial_user_attr(trial, "note", text)
+        storage.set_trial_system_attr(trial, "seen", [number])
+        for step, score in ((1, 0.25), (2, 0.5), (3, math.inf), (4, -math.inf), (2, 0.1 + 0.2)):
+            storage.set_trial_intermediate_value(trial, step, score)
+    ids = [trial._trial_id for trial in storage.get_all_trials(study)]
+    storage.set_trial_state_values(ids[0], TrialState.COMPLETE, [0.1 + 0.2])
+    storage.set_trial_state_values(ids[1], TrialState.PRUNED, [0.75])
+    storage.set_trial_state_values(ids[2], TrialState.FAIL)
+
+
+def shown(trials: list[FrozenTrial]) -> list[dict[str, object]]:
+    """Trials without what differs from study to study: ids and times."""
+    return [
+        {
+            "number": trial.number, "state": trial.state, "values": trial.values, "params": trial.params,
+            "distributions": trial.distributions, "user": trial.user_attrs, "system": trial.system_attrs,
+            "reports": trial.intermediate_values, "began": trial.datetime_start is not None,
+            "ended": trial.datetime_complete is not None,
+        }
+        for trial in trials
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_trials_read_as_if_optuna_had_written_them(url: str, together: bool) -> None:
+    with opened(url) as theirs:
+        fill(theirs, "theirs")
+        expected = shown(theirs.get_all_trials(theirs.get_study_id_from_name("theirs")))
+    with opened(url) as database:
+        assert isinstance(database, RDBStorage)
+        ours = WriteThrough(database, "ours")
+        with ours.together() if together else ExitStack():
+            fill(ours, "ours")
+        assert shown(ours.get_all_trials(ours.get_study_id_from_name("ours"))) == expected
+        ours.remove_session()
+    with opened(url) as written:
+        assert shown(written.get_all_trials(written.get_study_id_from_name("ours"))) == expected
+    states = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING]
+    assert [trial["state"] for trial in expected] == states
+
+
+def test_a_proposal_is_a_statement_for_each_table(url: str) -> None:
+    with closing(Study(url, "s", seed=1, create=True)) as study:
+        written: list[str] = []
+
+        @sqlalchemy.event.listens_for(study._storage.engine, "before_cursor_execute")
+        def note(_c: object, _cursor: object, statement: str, *_: object) -> None:
+            written.extend(statement.split()[2:3] if statement.startswith("INSERT") else [])
+
+        params = study.ask(make_space()).params
+        assert len(params) > 8
+        assert sorted(written) == ["trial_params", "trial_user_attributes", "trials"]
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_a_trial_that_another_program_ended_is_refused_in_a_sentence(url: str, ask: bool) -> None:
+    with closing(Study(url, "s", seed=1, create=True)) as study:
+        number = study.ask(make_space()).number
+        with opened(url) as theirs:
+            optuna.load_study(study_name="s", storage=theirs).tell(number, 0.5)
+        with pytest.raises(StoreError, match="was ended by another program"), study.explaining():
+            study.note(number, seconds=1.0) if ask else study.tell(number, 0.7)
+        with opened(url) as theirs:
+            assert [trial.value for trial in theirs.get_all_trials(1)] == [0.5]
