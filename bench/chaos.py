@@ -100,8 +100,10 @@ class Chaos:
             round, started = self._prepare(number, blow, server, cluster, chance), time.monotonic()
             if round.disk:
                 ending.callback(unmount, round.disk)
-            again = (*AGAIN, blow) if cluster else AGAIN
-            when = _play(round, [blow, *([chance.choice(again)] if chance.random() < 0.4 else [])], chance)
+            blows = [blow, *([chance.choice(AGAIN)] if chance.random() < 0.4 else [])]
+            if cluster:
+                blows.reverse()  # most searches outlive the loss of a node, so nothing would come after it
+            when = _play(round, blows, chance)
             took_s = time.monotonic() - started
         if cluster:
             round.faults += end(cluster.left_after(LEFT_S), "of the Ray cluster")

@@ -291,7 +291,7 @@ def test_a_round_of_chaos_on_a_cluster_loses_a_node_and_nothing_else(tmp_path: P
     done = script("chaos.py", "--only-round", str(number), "--seed", "0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     line, last = done.stdout.splitlines()
-    assert re.search(r"seed 0  \w+ ray +kill_node \w+[+ ][\d.]+.* \d starts .* ok$", line), line
+    assert re.search(r"seed 0  \w+ ray .*kill_node \w+[+ ][\d.]+.* \d starts .* ok$", line), line
     assert json.loads(last) == {**dict.fromkeys(chaos.FIGURES, 0), "rounds": 1}
 
 
