@@ -12,9 +12,9 @@ again though they had a result (`chaos_double`); processes of the search that ou
 `LEFT_S` (`chaos_orphans`); rounds whose total was missed, or with a traceback, an unexpected exit code
 or no whole model at their end (`chaos_totals_missed`). Every third round has its study on a PostgreSQL
 server, where one can be started; where Ray is installed, the trials of some run on a cluster that loses
-nodes, and what is left there counts too. A round can be repeated by its number and seed, up to
-the timing of the machine; a failing one keeps its folder. Linux only. The last line of standard output is
-one JSON object.
+nodes, and what is left there counts too. A round can be repeated by its number and seed, up to the timing
+of the machine; a failing one keeps its folder. Linux only. The last line of standard output is one JSON
+object.
 """
 
 from __future__ import annotations

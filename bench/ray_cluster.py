@@ -140,7 +140,7 @@ def main() -> None:
             print(raylet.pid, flush=True)
     finally:
         nodes.shutdown()
-        shutil.rmtree(sys.argv[1], ignore_errors=True)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)  # kept, with the log, if something was wrong
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 
 import chaos
 import pytest
 from blows import BLOWS, Round, kill_node
 from ledger import DOUBLE, LOST, MISSED, Fault, Ledger, changes, faults
-from ray_cluster import Cluster, running_cluster
+from ray_cluster import Cluster, is_installed, running_cluster
 from searches import MARK, Search, gone_after
 from test_bench import script
 from tests_support import trial_spec
@@ -33,7 +32,7 @@ from tlauto.searchspace import SearchSpace
 from tlauto.store import Store
 from tlauto.study import Study
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (pip install ray)")
+needs_ray = pytest.mark.skipif(not is_installed(), reason="Ray or plugins/tlauto-ray is not installed")
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 FIRST = {"probe": [("timm:x", "full", "linear")]}
 
