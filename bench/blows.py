@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ledger import MISSED, Fault
 from postgres_server import Server
+from ray_cluster import Cluster, below
 from searches import MARK, Search, gone_after, marked, send
 
 ROOM = 64 * 1024
@@ -40,6 +41,7 @@ class Round:
 
     Attributes:
         server: of PostgreSQL, if the study is kept there.
+        cluster: of Ray, if trials run there.
         disk: a file system of its own that the workspace lies on.
         undo: what puts right again what a blow did.
         codes: exit codes that a blow may lead to, beside 0 and 1.
@@ -48,6 +50,7 @@ class Round:
 
     search: Search
     server: Server | None = None
+    cluster: Cluster | None = None
     disk: Path | None = None
     undo: list[Callable[[], object]] = field(default_factory=list)
     codes: set[int | None] = field(default_factory=set)
@@ -63,12 +66,14 @@ class Blow:
         moments: when; all of `MOMENTS` if empty.
         storage: `sqlite` or `postgres` if it makes sense there only.
         silence_s: how soon a worker that stands still is taken to hang.
+        on_cluster: whether trials must run on a cluster.
     """
 
     strike: Callable[[Round, random.Random], None]
     moments: tuple[str, ...] = ()
     storage: str | None = None
     silence_s: int = 120
+    on_cluster: bool = False
 
     @property
     def name(self) -> str:
@@ -223,6 +228,22 @@ def kill_server(round: Round, chance: random.Random) -> None:
     back.join()
 
 
+def kill_node(round: Round, chance: random.Random) -> None:
+    """A machine of the cluster is lost, or only its Ray; sooner or later another one joins."""
+    cluster = round.cluster
+    assert cluster is not None
+    workers, nodes = set(round.search.workers()), {raylet: below(raylet) for raylet in cluster.raylets}
+    busy = [raylet for raylet, there in nodes.items() if workers & set(there)]
+    raylet = chance.choice(busy or cluster.raylets)
+    cluster.raylets.remove(raylet)
+    for pid in nodes[raylet] if chance.random() < 0.5 else [raylet]:
+        send(pid, signal.SIGKILL)
+    if chance.random() < 0.5:
+        cluster.add_node()
+    else:
+        round.undo.append(cluster.add_node)
+
+
 BLOWS = (
     Blow(kill_coordinator),
     Blow(kill_worker, ("check", "write", "trials", "epoch", "bundle", "refit")),
@@ -242,7 +263,7 @@ BLOWS = (
     Blow(starve_coordinator, ("check", "trials", "epoch", "refit")),
     Blow(stop_worker, ("trials", "epoch", "refit"), silence_s=SILENCE_S),
     Blow(interrupt_twice),
-    # The loss of a node of a Ray cluster belongs here as soon as trials can run on one.
+    Blow(kill_node, on_cluster=True),
 )
 """A round gets one of them by turns."""
 

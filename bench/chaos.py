@@ -11,8 +11,10 @@ ended and are gone or changed, or were left unfinished (`chaos_lost`); trials ab
 again though they had a result (`chaos_double`); processes of the search that outlive it by more than
 `LEFT_S` (`chaos_orphans`); rounds whose total was missed, or with a traceback, an unexpected exit code
 or no whole model at their end (`chaos_totals_missed`). Every third round has its study on a PostgreSQL
-server, where one can be started. A round can be repeated by its number and seed, up to the timing of the
-machine; a failing one keeps its folder. Linux only. The last line of standard output is one JSON object.
+server, where one can be started; where Ray is installed, the trials of some run on a cluster that loses
+nodes, and what is left there counts too. A round can be repeated by its number and seed, up to the timing
+of the machine; a failing one keeps its folder. Linux only. The last line of standard output is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import postgres_server
+import ray_cluster
 from blows import AGAIN, BLOWS, Blow, Round, mount, unmount
 from ledger import DOUBLE, LOST, MISSED, Fault, changes, faults
 from moments import MOMENTS, wait_for_moment
-from searches import BACKBONES, LONGEST_S, Search, environment, gone_after, marked, send, write_images
+from searches import BACKBONES, LONGEST_S, Search, environment, gone_after, marked, run_by, send, write_images
 
 TRIALS = 8
 FIRST = {
@@ -90,24 +93,37 @@ class Chaos:
         server = self._server() if on_server else None
         if blow.storage == "postgres" and server is None:
             return Outcome(number, f"{number:>4}  {blow.name:<20} left out: no PostgreSQL here", [])
-        round, started = self._prepare(number, blow, server, chance), time.monotonic()
-        try:
-            when = _play(round, [blow, *([chance.choice(AGAIN)] if chance.random() < 0.4 else [])], chance)
-        finally:
+        if blow.on_cluster and not ray_cluster.is_installed():
+            return Outcome(number, f"{number:>4}  {blow.name:<20} left out: no Ray here", [])
+        with contextlib.ExitStack() as ending:
+            cluster = ending.enter_context(ray_cluster.running_cluster()) if blow.on_cluster else None
+            round, started = self._prepare(number, blow, server, cluster, chance), time.monotonic()
             if round.disk:
-                unmount(round.disk)
+                ending.callback(unmount, round.disk)
+            blows = [blow, *([chance.choice(AGAIN)] if chance.random() < 0.4 else [])]
+            if cluster:
+                blows.reverse()  # most searches outlive the loss of a node, so nothing would come after it
+            when = _play(round, blows, chance)
+            took_s = time.monotonic() - started
+        if cluster:
+            round.faults += end(cluster.left_after(LEFT_S), "of the Ray cluster")
         kept = f"; kept in {round.search.folder}" if round.faults else ""
         if not round.faults:
             shutil.rmtree(round.search.folder)
+        where = f"{'postgres' if server else 'sqlite'}{' ray' if cluster else ''}"
         line = (
-            f"{number:>4}  seed {self.seed}  {'postgres' if server else 'sqlite':<9}{when:<60} "
-            f"{round.search.starts} starts {time.monotonic() - started:>5.1f} s  "
-            f"{', '.join(sorted({name for name, _ in round.faults})) or 'ok'}{kept}"
+            f"{number:>4}  seed {self.seed}  {where:<13}{when:<60} {round.search.starts} starts "
+            f"{took_s:>5.1f} s  {', '.join(sorted({name for name, _ in round.faults})) or 'ok'}{kept}"
         )
         return Outcome(number, line, round.faults)
 
     def _prepare(
-        self, number: int, blow: Blow, server: postgres_server.Server | None, chance: random.Random
+        self,
+        number: int,
+        blow: Blow,
+        server: postgres_server.Server | None,
+        cluster: ray_cluster.Cluster | None,
+        chance: random.Random,
     ) -> Round:
         folder = self.folder / f"round-{number}"
         folder.mkdir(parents=True)
@@ -121,7 +137,11 @@ class Chaos:
         search = Search(folder, self.folder / "images", options, env={**environment(cache), **silence})
         if server:
             search.storage = server.make_database(f"round-{number}-{time.time_ns()}")
-        round = Round(search, server)
+        if cluster:
+            search.env |= cluster.env
+            on_it = ("--executor", "ray", "--ray-address", cluster.address, "--executor-option", "cpus=1")
+            search.options = (*options, *on_it)
+        round = Round(search, server, cluster)
         if blow.name == "fill_disk" and self.can_mount:
             mount(search.runs)
             round.disk = search.runs
@@ -169,9 +189,9 @@ def look_at_end(round: Round, code: int | None, *, left_s: float = LEFT_S) -> No
     """Note what is wrong with what a start has left behind: processes, tracebacks, an exit code."""
     search = round.search
     _, left = gone_after(search.mark, left_s)
-    for pid in left:
-        round.faults.append((ORPHANS, f"process {pid} of start {search.starts} is left"))
-        send(pid, signal.SIGKILL)
+    if round.cluster:
+        left += round.cluster.left_after(left_s, ray_cluster.ACTOR)
+    round.faults += end(left, f"of start {search.starts}")
     said = search.said()
     if TRACEBACK in said and (OURS in said or "KeyboardInterrupt" not in said):
         round.faults.append((MISSED, f"start {search.starts} ended in a traceback: {said[-600:]}"))
@@ -183,6 +203,14 @@ def look_at_end(round: Round, code: int | None, *, left_s: float = LEFT_S) -> No
             (MISSED, f"start {search.starts} ended with code 1 and no sentence: {said[-300:]}")
         )
     round.codes.clear()
+
+
+def end(left: list[int], whose: str) -> list[Fault]:
+    """End processes that should have ended. Returns: a fault for each."""
+    found = [(ORPHANS, f"process {pid} {whose} is left: {run_by(pid)}") for pid in left]
+    for pid in left:
+        send(pid, signal.SIGKILL)
+    return found
 
 
 def at_end(search: Search) -> list[Fault]:

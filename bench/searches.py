@@ -16,8 +16,9 @@ import numpy as np
 from ledger import Ledger
 from PIL import Image
 
-MARK = "BENCH_SEARCH"
-"""Variable by which the processes of a search are known; whatever it starts inherits it."""
+MARK = "TLAUTO_BENCH"
+"""Variable by which the processes of a search are known; whatever it starts inherits it, and workers on a
+cluster are given it for its name."""
 
 BACKBONES = ("timm:test_resnet.r160_in1k", "timm:test_vit.r160_in1k")
 """Networks of half a million parameters."""
@@ -150,6 +151,14 @@ def gone_after(mark: str, seconds: float) -> tuple[float, list[int]]:
     while (left := marked(mark)) and time.monotonic() - started < seconds:
         time.sleep(0.02)
     return time.monotonic() - started, left
+
+
+def run_by(pid: int) -> str:
+    """What a process runs, as far as can be seen."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")[:120].strip()
+    except OSError:
+        return "it has just ended"
 
 
 def send(pid: int, number: int) -> None:

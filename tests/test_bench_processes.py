@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import re
 import signal
 import sqlite3
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import chaos
 import pytest
-from blows import Round
+from blows import BLOWS, Round, kill_node
 from ledger import DOUBLE, LOST, MISSED, Fault, Ledger, changes, faults
+from ray_cluster import Cluster, is_installed, running_cluster
 from searches import MARK, Search, gone_after
 from test_bench import script
 from tests_support import trial_spec
@@ -30,6 +32,7 @@ from tlauto.searchspace import SearchSpace
 from tlauto.store import Store
 from tlauto.study import Study
 
+needs_ray = pytest.mark.skipif(not is_installed(), reason="Ray or plugins/tlauto-ray is not installed")
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 FIRST = {"probe": [("timm:x", "full", "linear")]}
 
@@ -198,6 +201,38 @@ def test_a_process_that_is_left_is_counted_and_ended(round: Round) -> None:
     assert gone_after(round.search.mark, 60)[1] == []
 
 
+@linux_only
+def test_an_actor_that_is_left_on_a_cluster_is_counted_and_ended(round: Round) -> None:
+    actor, own = (
+        subprocess.Popen([title, "600"], executable="/bin/sleep", cwd=round.search.folder)
+        for title in ("ray::Host.stay", "ray::IDLE")
+    )
+    round.cluster = Cluster(round.search.folder, {}, own)
+    chaos.look_at_end(round, 0, left_s=0.2)
+    assert round.faults == [(chaos.ORPHANS, f"process {actor.pid} of start 0 is left: ray::Host.stay 600")]
+    assert actor.wait(timeout=60) == -signal.SIGKILL
+    assert round.cluster.left_after(0.2) == [own.pid], "the cluster stands, and none of it may outlive it"
+    assert chaos.end([own.pid], "of the Ray cluster") != []
+    assert own.wait(timeout=60) == -signal.SIGKILL
+    assert round.cluster.left_after(60) == []
+
+
+@pytest.mark.slow
+@linux_only
+@needs_ray
+def test_a_node_is_lost_and_another_one_joins_and_nothing_is_left(round: Round) -> None:
+    with running_cluster() as cluster:
+        round.cluster, before = cluster, set(cluster.raylets)
+        assert before <= set(cluster.processes("raylet")), "the head has one too"
+        kill_node(round, random.Random(0))
+        while round.undo:
+            round.undo.pop()()
+        (lost,) = before - set(cluster.raylets)
+        assert len(cluster.raylets) == len(before) and lost not in cluster.processes()
+    assert cluster.left_after(chaos.LEFT_S) == []
+    assert not cluster.folder.exists()
+
+
 TRACEBACK = f"{chaos.TRACEBACK}:\n  File x, line 1, in main\nMemoryError\n"
 
 
@@ -244,6 +279,18 @@ def test_a_round_of_chaos_says_what_it_did_and_finds_nothing(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     line, last = done.stdout.splitlines()
     assert re.match(r" +4  seed 0  sqlite +kill_all \w+[+ ][\d.]+.* \d starts .* ok$", line), line
+    assert json.loads(last) == {**dict.fromkeys(chaos.FIGURES, 0), "rounds": 1}
+
+
+@pytest.mark.slow
+@linux_only
+@needs_ray
+def test_a_round_of_chaos_on_a_cluster_loses_a_node_and_nothing_else(tmp_path: Path) -> None:
+    number = next(number for number, blow in enumerate(BLOWS) if blow.on_cluster)
+    done = script("chaos.py", "--only-round", str(number), "--seed", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line, last = done.stdout.splitlines()
+    assert re.search(r"seed 0  \w+ ray .*kill_node \w+[+ ][\d.]+.* \d starts .* ok$", line), line
     assert json.loads(last) == {**dict.fromkeys(chaos.FIGURES, 0), "rounds": 1}
 
 

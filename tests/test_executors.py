@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tests_support import refused
+from scripted_pool import ScriptedPool, done, open_scripted
+from tests_support import refused, trial_spec
 
 from tlauto.builtin.executors import InProcess, Local
 from tlauto.config import SearchConfig, parse_options
 from tlauto.errors import ConfigError
+from tlauto.pool.base import Event
+from tlauto.pool.protocol import Message, RunTrial
+from tlauto.results.finish import _run
 from tlauto.testing import ExecutorSuite
 
 
@@ -66,3 +71,33 @@ def test_options_travel_with_the_settings_and_may_change_when_a_search_goes_on(t
     assert options == {"address": "head:6379", "cpus": "4"}
     with pytest.raises(ConfigError, match="the executor's option 'cpus' is given twice"):
         parse_options(("cpus=1", "cpus=2"))
+
+
+class LosesItsMachine(ScriptedPool):
+    """One slot, whose machine is lost in its first job; after a while without any, another one comes."""
+
+    def send(self, slot: str, message: Message) -> None:
+        assert slot in self.slots, "it is lost"
+        assert isinstance(message, RunTrial)
+        if slot == "there:0":
+            self.slots = ()
+            self._said = [Event(slot, None)]
+        else:
+            self._said = [Event(slot, done(message.spec))]
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        if not self._said:
+            self.slots = ("there:1",)
+        said, self._said = self._said, []
+        return said
+
+
+def test_a_refit_whose_machine_is_lost_runs_on_one_that_comes_later(tmp_path: Path) -> None:
+    pool = LosesItsMachine(("there:0",))
+    session = open_scripted(tmp_path, pool, strategies=("full",), trials=1, device="cpu", propose=False)
+    job = RunTrial(trial_spec(-1))
+    try:
+        assert _run(session, {-1: job}, lambda event: None, threading.Event()) == {-1: done(job.spec)}
+    finally:
+        session.study.close()
+        session.store.close()

@@ -243,11 +243,8 @@ def _run(
     busy: dict[str, int] = {}
     results: dict[int, Message] = {}
     pool = session.pool
-    slots: Iterable[str] = pool.slots
-    if session.config.per_device == AUTO:  # nobody has measured what refits side by side need of a GPU
-        slots = {device_of(slot): slot for slot in pool.slots}.values()
     while waiting or busy:
-        for slot in slots:
+        for slot in _slots(session):
             if waiting and slot not in busy:
                 key = next(iter(waiting))
                 busy[slot] = key
@@ -278,6 +275,13 @@ def _run(
             else:
                 results[key] = ended
     return results
+
+
+def _slots(session: Session) -> Iterable[str]:
+    """The slots that may have a job; on a cluster they come and go."""
+    if session.config.per_device == AUTO:  # nobody has measured what refits side by side need of a GPU
+        return {device_of(slot): slot for slot in session.pool.slots}.values()
+    return session.pool.slots
 
 
 def _ended(event: Event, emit: Emit) -> Message | None:

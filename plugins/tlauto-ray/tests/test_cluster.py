@@ -123,9 +123,10 @@ def test_a_workspace_on_another_disk_is_noticed(tmp_path: Path) -> None:
 
 def test_a_search_outlives_a_node(nodes: Nodes, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
-    with search(nodes, tmp_path, "--trials", "2", "--ensemble", "1") as process:
+    with search(nodes, tmp_path, "--trials", "2", "--ensemble", "1", "--json") as process:
         nodes.lose(standing(nodes, process, tmp_path))
         assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "out").read_text())["trials"] == 2, "Ray's own words are no result"
     said = (tmp_path / "log").read_text()
     assert "ray:0 ray:1" in said
     assert "was lost on the Ray node" in said
@@ -189,15 +190,16 @@ def write_images(folder: Path) -> None:
 
 
 def search(nodes: Nodes | None, folder: Path, *args: str, **env: str) -> subprocess.Popen[bytes]:
-    """Start a search in a folder, on a cluster or one of its own; what it says goes to `log`."""
+    """Start a search in a folder, on a cluster or one of its own; it writes to `out` and `log`."""
     (NODES[0].folder / "site" / "marks" / "stands").unlink(missing_ok=True)
     where = ("--ray-address", nodes.address, "--executor-option", "gpus=1") if nodes else ()
     share = ("--devices", "cpu", "--executor-option", "cpus=1", *where)
     kept = {k: v for k, v in os.environ.items() if k not in env}
     if nodes is None:
         kept = {k: v for k, v in kept.items() if not k.startswith("RAY_")}
-    with (folder / "log").open("wb") as log:
-        return subprocess.Popen(command(*SEARCH, *share, *args), cwd=folder, env={**kept, **env}, stderr=log)
+    words = command(*SEARCH, *share, *args)
+    with (folder / "log").open("wb") as log, (folder / "out").open("wb") as out:
+        return subprocess.Popen(words, cwd=folder, env={**kept, **env}, stdout=out, stderr=log)
 
 
 def standing(nodes: Nodes, process: subprocess.Popen[bytes], folder: Path) -> int:

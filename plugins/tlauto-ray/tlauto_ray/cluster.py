@@ -56,6 +56,7 @@ class Cluster:
 
         if self.is_ours is not None:
             ray.shutdown()
+            _let_ray_print(True)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -121,6 +122,14 @@ def _init(**settings: Any) -> None:
     import ray
 
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    _let_ray_print(False)
+
+
+def _let_ray_print(on: bool) -> None:
+    # On standard output, where results go, it prints what befalls a node even so; there is no setting for it.
+    from ray._private import worker
+
+    worker._worker_logs_enabled = on
 
 
 @contextmanager
