@@ -8,9 +8,9 @@ import statistics
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from tlauto.sampler import GOOD, MANY, make_sampler
+from tlauto.sampler import GOOD, SEEN, Ended, make_sampler
 
 SPACE: dict[str, BaseDistribution] = {
     "backbone": CategoricalDistribution(("a", "b", "c")),
@@ -40,7 +40,7 @@ def study_of(trials: int, *, states: tuple[TrialState, ...] = (TrialState.COMPLE
 
 
 def propose(study: optuna.Study, seed: int, *, kept: tuple[str, ...] = ()) -> dict[str, object]:
-    study.sampler = make_sampler(seed, {"backbone": kept}, is_alone=False)
+    study.sampler = make_sampler(seed, {"backbone": kept}, Ended(), is_alone=False)
     trial = study.ask()
     trial.suggest_categorical("backbone", ("a", "b", "c"))
     trial.suggest_float("rate", 0.0, 1.0)
@@ -50,7 +50,7 @@ def propose(study: optuna.Study, seed: int, *, kept: tuple[str, ...] = ()) -> di
     return trial.params
 
 
-@pytest.mark.parametrize("trials", [MANY - 50, 3 * MANY])
+@pytest.mark.parametrize("trials", [200, 750])
 def test_proposals_lie_where_trials_were_best_whatever_their_number(trials: int) -> None:
     study = study_of(trials)
     found = [propose(study, seed) for seed in range(12)]
@@ -63,36 +63,45 @@ def test_proposals_lie_where_trials_were_best_whatever_their_number(trials: int)
 
 
 def test_the_same_seed_proposes_the_same_of_many_trials() -> None:
-    assert propose(study_of(3 * MANY), 7) == propose(study_of(3 * MANY), 7)
-    assert propose(study_of(3 * MANY), 7) != propose(study_of(3 * MANY), 8)
+    assert propose(study_of(750), 7) == propose(study_of(750), 7)
+    assert propose(study_of(750), 7) != propose(study_of(750), 8)
 
 
-def test_of_many_trials_tpe_sees_the_best_and_those_that_have_the_parameters() -> None:
-    study = study_of(6 * MANY, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    seen: list[list[FrozenTrial]] = []
-    sampler = make_sampler(0, {}, is_alone=True)
-    build = sampler._build_parzen_estimator  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("trials", "with_head"), [(80, 20), (1200, 100)])
+def test_a_block_is_learned_from_the_best_and_a_sample_of_the_trials_that_have_it(
+    trials: int, with_head: int
+) -> None:
+    study, ended = (
+        study_of(trials, states=(TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED)),
+        Ended(),
+    )
+    ended.read(study)
+    known = study.get_trials(deepcopy=False)
+    every, head = ended.blocks()
+    assert (set(every.space), set(head.space)) == (set(SPACE), set(HEAD))
+    for block, most in ((every, min(trials, SEEN)), (head, with_head)):
+        seen = ended.seen(block, random.Random(0))
+        assert len({trial.number for trial in seen}) == len(seen) == most
+        assert all(block.space.keys() <= trial.params.keys() for trial in seen)
+        whole = [known[number] for number in block.owners]
+        values = sorted(trial.value for trial in whole if trial.state == TrialState.COMPLETE)  # type: ignore[type-var]
+        assert set(values[-GOOD:]) <= {trial.value for trial in seen}
 
-    def watched(of: object, space: object, trials: list[FrozenTrial], **named: object) -> object:
-        seen.append(trials)
-        return build(of, space, trials, **named)
 
-    sampler._build_parzen_estimator = watched  # type: ignore[attr-defined]
-    study.sampler = sampler
-    trial = study.ask()
-    trial.suggest_float("rate", 0.0, 1.0)
-    trial.suggest_float("head.width", 0.0, 1.0)
-    whole = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    best = {trial.number for trial in sorted(whole, key=lambda trial: -trial.value)[:GOOD]}  # type: ignore[operator]
-    assert len(seen) == 4  # good ones and others, of two blocks
-    for good, others in (seen[:2], seen[2:]):
-        assert {trial.number for trial in good} == best
-        assert len(good) + len(others) == MANY
-    shown = {trial.number for trial in seen[2] + seen[3] if "head.width" in trial.params}
-    owners = {trial.number for trial in whole if "head.width" in trial.params}
-    assert len(shown - best) == min(len(owners - best), MANY - GOOD)
+def test_trials_that_end_later_are_learned_from_in_any_order() -> None:
+    study, ended = study_of(30), Ended()
+    ended.read(study)
+    running = [study.ask(SPACE) for _ in range(3)]
+    for trial in reversed(running):
+        study.tell(trial, 1.0)
+        ended.read(study)
+    afresh = Ended()
+    afresh.read(study)
+    for mine, other in zip(ended.blocks(), afresh.blocks(), strict=True):
+        assert mine.space == other.space
+        assert ended.seen(mine, random.Random(0)) == afresh.seen(other, random.Random(0))
 
 
 def test_where_few_of_many_trials_are_complete_all_are_seen() -> None:
-    study = study_of(2 * MANY, states=(TrialState.COMPLETE, *(TrialState.PRUNED,) * 49))
+    study = study_of(500, states=(TrialState.COMPLETE, *(TrialState.PRUNED,) * 49))
     assert set(propose(study, 0)) == {"backbone", "rate", "head.depth", "head.width"}

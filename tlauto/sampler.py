@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -21,9 +21,67 @@ Distributions = dict[str, BaseDistribution]
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of trials that there is something to learn from."""
 
-MANY, GOOD = 250, 25
-"""Ended trials that TPE is shown at most, and how many of so many or more it takes for good; its densities
-grow no finer than with a hundred."""
+STARTUP = 8
+"""Trials that must have ended with a block's parameters before they are drawn by TPE."""
+
+SEEN = 100
+"""Ended trials from which TPE learns a block at most; its densities grow no finer with more."""
+
+GOOD = 10
+"""How many trials TPE takes for good at most, and at least one in ten."""
+
+
+class Ended:
+    """What the ended trials of a study say, each read once."""
+
+    def __init__(self) -> None:
+        self._trials: dict[int, FrozenTrial] = {}
+        self._ranks: dict[int, tuple[float, int]] = {}
+        self._alike: dict[frozenset[str], list[int]] = {}
+
+    def read(self, study: optuna.Study) -> None:
+        """Read the trials that have ended since the last time."""
+        for trial in study.get_trials(deepcopy=False, states=ENDED):
+            if trial.number not in self._trials:
+                self._trials[trial.number] = trial
+                value = trial.value if trial.state == TrialState.COMPLETE else None
+                self._ranks[trial.number] = math.inf if value is None else -value, trial.number
+                self._alike.setdefault(frozenset(trial.params), []).append(trial.number)
+
+    def blocks(self) -> list[Block]:
+        """The parameters of all trials in parts; those that can take but one value are left out."""
+        known: Distributions = {}
+        for numbers in self._alike.values():
+            known |= self._trials[numbers[-1]].distributions
+        parts: dict[tuple[int, ...], Distributions] = {}
+        for name in sorted(name for name, distribution in known.items() if not distribution.single()):
+            owners = tuple(i for i, names in enumerate(self._alike) if name in names)
+            parts.setdefault(owners, {})[name] = known[name]
+        numbers_of = list(self._alike.values())
+        return [
+            Block(space, [number for i in owners for number in numbers_of[i]])
+            for owners, space in parts.items()
+        ]
+
+    def seen(self, block: Block, chance: random.Random) -> list[FrozenTrial]:
+        """The trials from which to learn a block: of many the best and a sample of the others."""
+        chosen = block.owners
+        if len(chosen) > SEEN:
+            ranked = sorted(chosen, key=self._ranks.__getitem__)
+            chosen = ranked[:GOOD] + chance.sample(ranked[GOOD:], SEEN - GOOD)
+        return [self._trials[number] for number in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that the same trials have.
+
+    Attributes:
+        owners: numbers of these trials, in no particular order.
+    """
+
+    space: Distributions
+    owners: list[int]
 
 
 class _KeptSampler(optuna.samplers.TPESampler):
@@ -33,27 +91,25 @@ class _KeptSampler(optuna.samplers.TPESampler):
     distribution: candidates outside `kept` are passed over. Where one value is left, the others are drawn
     without it.
 
-    Parameters that the same trials have are drawn together, and only those that the trial at hand asks
-    for: Optuna's `group` would draw all at once, those of every head and optimizer, and all again with each
-    proposal that is dropped.
+    Parameters that the same trials have are drawn together, by what these trials say, and only those that
+    the trial at hand asks for: Optuna's `group` would draw all at once, those of every head and optimizer,
+    and all again with each proposal that is dropped.
     """
 
-    def __init__(self, kept: Kept, seed: int, *, is_alone: bool) -> None:
-        super().__init__(n_startup_trials=8, multivariate=True, constant_liar=not is_alone, seed=seed)
+    def __init__(self, kept: Kept, seed: int, ended: Ended, *, is_alone: bool) -> None:
+        super().__init__(n_startup_trials=STARTUP, multivariate=True, constant_liar=not is_alone, seed=seed)
         self._kept = {name: sorted(values) for name, values in kept.items() if values}
         self._choice = random.Random(seed)
-        self._ended: list[FrozenTrial] = []
-        self._best: list[int] = []
+        self._ended = ended
+        self._running: list[FrozenTrial] = []
         self._drawing: Distributions = {}
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._drawn: dict[str, Any] = {}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Distributions:
-        self._ended = study.get_trials(deepcopy=False, states=ENDED)
-        self._blocks, self._drawn = _blocks(self._ended), {}
-        values = [trial.value if trial.state == TrialState.COMPLETE else None for trial in self._ended]
-        whole = [i for i, value in enumerate(values) if value is not None]
-        self._best = sorted(whole, key=lambda i: -cast(float, values[i]))[:GOOD]
+        self._ended.read(study)
+        self._running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._blocks, self._drawn = self._ended.blocks(), {}
         return {name: known for block in self._blocks for name, known in block.space.items()}
 
     def sample_relative(
@@ -61,7 +117,7 @@ class _KeptSampler(optuna.samplers.TPESampler):
     ) -> dict[str, Any]:
         for block in self._blocks:
             if not self._kept.keys().isdisjoint(block.space):
-                self._drawn |= self._draw(self._seen(study, block), trial, block.space)
+                self._drawn |= self._draw(self._part(study, block), trial, block.space)
         return dict(self._drawn)
 
     def sample_independent(
@@ -70,24 +126,15 @@ class _KeptSampler(optuna.samplers.TPESampler):
         block = next((block for block in self._blocks if param_name in block.space), None)
         if block and block.space[param_name] == param_distribution:
             if param_name not in self._drawn:
-                self._drawn |= super().sample_relative(self._seen(study, block), trial, block.space)
+                self._drawn |= super().sample_relative(self._part(study, block), trial, block.space)
             if param_name in self._drawn:
                 return self._drawn[param_name]
         if param_name in self._kept:
             return self._choice.choice(self._kept[param_name])
         return super().sample_independent(study, trial, param_name, param_distribution)
 
-    def _seen(self, study: optuna.Study, block: _Block) -> optuna.Study:
-        """The study, with as many of its ended trials as it takes to draw a block."""
-        if len(self._ended) <= MANY or len(self._best) < GOOD:
-            return study
-        chosen = set(self._best)
-        owners = [i for i in block.owners if i not in chosen]
-        chosen.update(self._choice.sample(owners, min(len(owners), MANY - GOOD)))
-        others = (i for i in range(len(self._ended)) if i not in chosen)
-        fill = list(islice(others, MANY - len(chosen)))  # of no use but to make them so many
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return cast(optuna.Study, _Part(study, [self._ended[i] for i in [*chosen, *fill]] + running))
+    def _part(self, study: optuna.Study, block: Block) -> optuna.Study:
+        return cast(optuna.Study, _Part(study, self._ended.seen(block, self._choice) + self._running))
 
     def _draw(self, study: optuna.Study, trial: FrozenTrial, space: Distributions) -> dict[str, Any]:
         """Values of a block that agree with `kept`; none while there are too few trials to learn from."""
@@ -133,38 +180,11 @@ class _Part:
         return getattr(self._study, name)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Parameters that the same trials have.
-
-    Attributes:
-        owners: places of these among the trials that have ended.
-    """
-
-    space: Distributions
-    owners: list[int]
-
-
-def _blocks(ended: Sequence[FrozenTrial]) -> list[_Block]:
-    """The parameters of all trials in parts; those that can take but one value are left out."""
-    alike: dict[frozenset[str], list[int]] = {}
-    for i, trial in enumerate(ended):
-        alike.setdefault(frozenset(trial.distributions), []).append(i)
-    known = {name: d for places in alike.values() for name, d in ended[places[-1]].distributions.items()}
-    parts: dict[tuple[int, ...], Distributions] = {}
-    for name in sorted(name for name, distribution in known.items() if not distribution.single()):
-        parts.setdefault(tuple(i for i, names in enumerate(alike) if name in names), {})[name] = known[name]
-    places = list(alike.values())
-    return [
-        _Block(space, sorted(i for pattern in which for i in places[pattern]))
-        for which, space in parts.items()
-    ]
-
-
-def make_sampler(seed: int, kept: Kept, *, is_alone: bool) -> optuna.samplers.BaseSampler:
+def make_sampler(seed: int, kept: Kept, ended: Ended, *, is_alone: bool) -> optuna.samplers.BaseSampler:
     """The sampler of one proposal.
 
     Args:
+        ended: what is known of the study's trials; it is kept from proposal to proposal.
         is_alone: no other trial is running, so that nothing need be assumed of one.
     """
-    return _KeptSampler(kept, seed, is_alone=is_alone)
+    return _KeptSampler(kept, seed, ended, is_alone=is_alone)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tlauto.connections import engine_options, explained, explanation, is_conflict, wait_for_restarts
 from tlauto.errors import StoreError
-from tlauto.sampler import Kept, make_sampler
+from tlauto.sampler import Ended, Kept, make_sampler
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
 from tlauto.writethrough import WriteThrough
@@ -130,6 +130,7 @@ class Study:
         self._running: dict[int, optuna.Trial] = {}
         self._records: list[TrialRecord] = []
         self._changed: set[int] = set()
+        self._ended = Ended()
         self._storage = open_storage(url)
         with _explained(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -188,7 +189,7 @@ class Study:
         records = self.trials()
         waiting = [record.number for record in records if record.state == "waiting"]
         seed = random.Random(f"{self.seed}/{min(waiting, default=len(records))}").randrange(2**31)
-        self._study.sampler = make_sampler(seed, kept or {}, is_alone=not self._running)
+        self._study.sampler = make_sampler(seed, kept or {}, self._ended, is_alone=not self._running)
         with self.together():
             trial = self._study.ask()
             params = space.walk(lambda name, parameter: _suggest(trial, name, parameter))
