@@ -17,6 +17,7 @@ SPACE: dict[str, BaseDistribution] = {
     "rate": FloatDistribution(0.0, 1.0),
 }
 HEAD: dict[str, BaseDistribution] = {
+    "head.hidden": IntDistribution(16, 4096, log=True),
     "head.depth": IntDistribution(1, 9),
     "head.width": FloatDistribution(0.0, 1.0),
 }
@@ -29,7 +30,11 @@ def study_of(trials: int, *, states: tuple[TrialState, ...] = (TrialState.COMPLE
         known = SPACE | (HEAD if number % 4 == 0 else {})
         params: dict[str, object] = {"backbone": chance.choice("abc"), "rate": chance.random()}
         if "head.width" in known:
-            params |= {"head.depth": chance.randint(1, 9), "head.width": chance.random()}
+            params |= {
+                "head.hidden": chance.randint(16, 4096),
+                "head.depth": chance.randint(1, 9),
+                "head.width": chance.random(),
+            }
         value = -abs(params["rate"] - 0.3) + 0.2 * (params["backbone"] == "b")  # type: ignore[operator]
         value += 0.3 - abs(params["head.width"] - 0.8) if "head.width" in params else 0.0  # type: ignore[operator]
         trial = optuna.create_trial(
@@ -45,6 +50,7 @@ def propose(study: optuna.Study, seed: int, *, kept: tuple[str, ...] = ()) -> di
     trial.suggest_categorical("backbone", ("a", "b", "c"))
     trial.suggest_float("rate", 0.0, 1.0)
     trial.suggest_int("head.depth", 1, 9)
+    trial.suggest_int("head.hidden", 16, 4096, log=True)
     trial.suggest_float("head.width", 0.0, 1.0)
     study.tell(trial, state=TrialState.FAIL)
     return trial.params
@@ -57,6 +63,8 @@ def test_proposals_lie_where_trials_were_best_whatever_their_number(trials: int)
     assert statistics.median(abs(float(params["rate"]) - 0.3) for params in found) < 0.1  # type: ignore[arg-type]
     assert statistics.median(abs(float(params["head.width"]) - 0.8) for params in found) < 0.2  # type: ignore[arg-type]
     assert [params["backbone"] for params in found].count("b") > 8
+    assert all(type(params["head.hidden"]) is int for params in found)
+    assert len({params["head.hidden"] for params in found}) > 8
     assert {params["backbone"] for params in (propose(study, seed, kept=("a",)) for seed in range(6))} == {
         "a"
     }
@@ -104,4 +112,4 @@ def test_trials_that_end_later_are_learned_from_in_any_order() -> None:
 
 def test_where_few_of_many_trials_are_complete_all_are_seen() -> None:
     study = study_of(500, states=(TrialState.COMPLETE, *(TrialState.PRUNED,) * 49))
-    assert set(propose(study, 0)) == {"backbone", "rate", "head.depth", "head.width"}
+    assert set(propose(study, 0)) == SPACE.keys() | HEAD.keys()

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 Kept = Mapping[str, Collection[str]]
@@ -23,6 +23,9 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 STARTUP = 8
 """Trials that must have ended with a block's parameters before they are drawn by TPE."""
+
+WIDE = 16
+"""A range of whole numbers that is taken for one of fractions."""
 
 SEEN = 100
 """Ended trials from which TPE learns a block at most; its densities grow no finer with more."""
@@ -126,7 +129,7 @@ class _KeptSampler(optuna.samplers.TPESampler):
         block = next((block for block in self._blocks if param_name in block.space), None)
         if block and block.space[param_name] == param_distribution:
             if param_name not in self._drawn:
-                self._drawn |= super().sample_relative(self._part(study, block), trial, block.space)
+                self._drawn |= self._learned(self._part(study, block), trial, block.space)
             if param_name in self._drawn:
                 return self._drawn[param_name]
         if param_name in self._kept:
@@ -141,11 +144,19 @@ class _KeptSampler(optuna.samplers.TPESampler):
         only = {name: values[0] for name, values in self._kept.items() if name in space and len(values) == 1}
         self._drawing = {name: distribution for name, distribution in space.items() if name not in only}
         for _ in range(20):
-            params = {**super().sample_relative(study, trial, self._drawing), **only}
+            params = {**self._learned(study, trial, self._drawing), **only}
             wrong = [name for name, values in self._kept.items() if params.get(name, values[0]) not in values]
             if not wrong:
                 return params
         return {**params, **{name: self._choice.choice(self._kept[name]) for name in wrong}}
+
+    def _learned(self, study: optuna.Study, trial: FrozenTrial, space: Distributions) -> dict[str, Any]:
+        """TPE's proposal; many whole numbers are drawn as fractions, since their masses take long to sum."""
+        relaxed = {name: _relaxed(known) for name, known in space.items()}
+        drawn = super().sample_relative(study, trial, relaxed)
+        return {
+            name: value if relaxed[name] is space[name] else round(value) for name, value in drawn.items()
+        }
 
     def _compute_acquisition_func(self, samples: dict[str, Any], *estimators: Any) -> Any:
         """Optuna's expected improvement of candidates (`(candidates,)` each), lowest of those not kept.
@@ -158,6 +169,12 @@ class _KeptSampler(optuna.samplers.TPESampler):
             kept = [self._drawing[name].to_internal_repr(value) for value in self._kept[name]]
             values[~np.isin(samples[name], kept)] = -np.inf
         return values
+
+
+def _relaxed(known: BaseDistribution) -> BaseDistribution:
+    if isinstance(known, IntDistribution) and known.step == 1 and known.high - known.low >= WIDE:
+        return FloatDistribution(known.low, known.high, log=known.log)
+    return known
 
 
 class _Part:
