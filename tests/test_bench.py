@@ -220,3 +220,13 @@ def test_time_and_memory_are_measured_against_images_classes_and_trials(tmp_path
     per_image = (last["coordinator"] - first["coordinator"]) / 0.036
     assert found["slopes"]["images"]["coordinator"] == pytest.approx(per_image)
     assert not (tmp_path / "tlauto-runs").exists(), "it works in a folder of its own"
+
+
+def test_samplers_are_compared_on_spaces_whose_best_point_is_known(tmp_path: Path) -> None:
+    done = script("sampling.py", "--quick", "--seeds", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ("tlauto", "optuna", "random"):
+        assert 0 < found[f"{name}_100"] <= found[f"{name}_30"], "the best so far only gets better"
+    assert found["tlauto_100"] < found["random_100"]
+    assert found["less_30"] == pytest.approx(found["optuna_30"] - found["tlauto_30"], abs=2e-4)

@@ -74,6 +74,23 @@ def place(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..., 
     return Place(tmp_path_factory.mktemp("place"), make_patches)
 
 
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_dies_while_it_checks_the_backbones_is_replaced_once(
+    tmp_path: Path, make_patches: Callable[..., Path], deaths: int
+) -> None:
+    env = {**install_troubles(tmp_path / "site"), "TROUBLE_DEATHS": str(deaths)}
+    make_patches(tmp_path / "patches")
+    done = run(*SEARCH, "--trials", "1", cwd=tmp_path, env=env, timeout_s=600)
+    said = "while it checked the backbones: no more of this"
+    if deaths == 1:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count(f"{said}; they are checked again") == 1
+    else:
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert done.stderr.splitlines()[-1].endswith(said)
+
+
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..., Path]) -> Place:
     """A search of one good trial and one of each head that goes wrong by itself."""

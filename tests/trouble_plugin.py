@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,6 +117,16 @@ def is_first(name: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@tlauto.hookimpl
+def backbone_providers() -> list[Any]:
+    """No backbones; as many workers as the environment says die of being asked."""
+    deaths = range(int(os.environ.get("TROUBLE_DEATHS", "0")))
+    if Path(sys.argv[0]).name == "worker.py" and any(is_first(f"asked {i}") for i in deaths):
+        os.write(2, b"no more of this\n")
+        os.abort()
+    return []
 
 
 @tlauto.hookimpl

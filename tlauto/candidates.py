@@ -12,7 +12,7 @@ from tlauto.contracts import BackboneInfo
 from tlauto.errors import TlautoError, UnknownNameError, WeightsError
 from tlauto.events import Emit, Said, Working
 from tlauto.plugins import registry
-from tlauto.pool.base import Pool
+from tlauto.pool.base import Event, Pool
 from tlauto.pool.protocol import JobFailed, Note, Preflight, PreflightDone
 from tlauto.preflight import order
 
@@ -64,8 +64,7 @@ def _found(
 ) -> list[BackboneInfo]:
     """What a worker finds; of `providers`, there may be nothing."""
     job = Preflight(patterns, config.weights_options, config.recipe.candidates, providers)
-    pool.send(pool.slots[0], job)
-    result = _await_preflight(pool, emit)
+    result = _checked(pool, job, emit)
     if result.unmatched:
         raise UnknownNameError(
             f"no backbone matches '{result.unmatched[0]}'; 'tlauto backbones GLOB' lists what there is"
@@ -82,8 +81,27 @@ def _found(
     return [candidate.info for candidate in result.candidates]
 
 
-def _await_preflight(pool: Pool, emit: Emit) -> PreflightDone:
+def _checked(pool: Pool, job: Preflight, emit: Emit) -> PreflightDone:
+    """What a worker says to a job; one that died of it, or with its machine, is given another chance."""
     deadline = time.monotonic() + PREFLIGHT_TIMEOUT_S
+    for can_retry in (True, False):
+        while not pool.slots and time.monotonic() < deadline:  # on a cluster they come and go
+            pool.wait(1.0)
+        if not pool.slots:
+            break
+        pool.send(pool.slots[0], job)
+        said = _answer(pool, emit, deadline)
+        if isinstance(said, PreflightDone):
+            return said
+        why = f"{said.ending} while it checked the backbones: {_last_line(said.log_tail)}"
+        if not can_retry:
+            raise TlautoError(why)
+        emit(Said(f"{why}; they are checked again"))
+    raise _too_slow()
+
+
+def _answer(pool: Pool, emit: Emit, deadline: float) -> PreflightDone | Event:
+    """What comes of a job: its result, or the end of its worker."""
     while time.monotonic() < deadline:
         for event in pool.wait(1.0):
             match event.message:
@@ -94,10 +112,12 @@ def _await_preflight(pool: Pool, emit: Emit) -> PreflightDone:
                 case JobFailed(message, detail):
                     raise TlautoError(f"{message}{_hint(detail)}")
                 case None:
-                    raise TlautoError(
-                        f"{event.ending} while it checked the backbones: {_last_line(event.log_tail)}"
-                    )
-    raise TlautoError(f"checking the backbones took more than {PREFLIGHT_TIMEOUT_S:.0f} s; try fewer")
+                    return event
+    raise _too_slow()
+
+
+def _too_slow() -> TlautoError:
+    return TlautoError(f"checking the backbones took more than {PREFLIGHT_TIMEOUT_S:.0f} s; try fewer")
 
 
 def _hint(detail: str) -> str:
