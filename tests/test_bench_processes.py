@@ -320,7 +320,7 @@ def test_the_processes_of_a_search_are_measured(part: str, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     if part == "speedup":
-        assert found["speedup_2"] > 0 and found["speedup_trials"] == 2
+        assert min(found["speedup_2"], found["speedup_2_apart"]) > 0 and found["speedup_trials"] == 2
     elif part == "ctrl_c":
         assert found["ctrl_c_s"] == max(found["ctrl_c_by_moment_s"].values()) > 0
     elif part == "kill":
