@@ -6,14 +6,15 @@
 Real searches with small random networks on the CPU. `speedup_2`: seconds from the first trial's start to
 the last one's end with one worker, over those with two; the same trials (seed, parameters, scores are
 compared), one thread a worker. `speedup_2_apart`: the same where two searches of one worker each, with
-nothing in common, share the trials at the same time: what the machine gives. `ctrl_c_s`: the longest time
-from SIGINT to the end of the command with no process of it left, struck at several moments; `bundle held
-up` stops the worker that writes the bundle, so it is the longest that a search waits for one.
-`kill_to_count_s`: from `kill -9` of the coordinator until the same command, started at once, has the trials
-that ran at the epoch again at which they were; `kill_bound_s` beside it is start-up (from the command to a
-first trial's first epoch) and one epoch. `readers_failed_trials` and `readers_lock_errors`: of a search of
-cached trials that four readers and the Optuna dashboard poll, on SQLite and, where it is installed, on
-PostgreSQL. Linux only. The last line of standard output is one JSON object.
+nothing in common, share the trials at the same time: what the machine gives. Both are medians of runs by
+turns. `ctrl_c_s`: the longest time from SIGINT to the end of the command with no process of it left, struck
+at several moments; `bundle held up` stops the worker that writes the bundle, so it is the longest that a
+search waits for one. `kill_to_count_s`: from `kill -9` of the coordinator until the same command, started
+at once, has the trials that ran at the epoch again at which they were; `kill_bound_s` beside it is start-up
+(from the command to a first trial's first epoch) and one epoch. `readers_failed_trials` and
+`readers_lock_errors`: of a search of cached trials that four readers and the Optuna dashboard poll, on
+SQLite and, where it is installed, on PostgreSQL. Linux only. The last line of standard output is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -78,29 +79,41 @@ def main() -> None:
 
 
 def speedup(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    """The same trials with one worker, with two, and as two searches at once that share nothing."""
+    """The same trials with one worker, with two, and as two searches at once that share nothing, by turns."""
     images = write_images(folder / "images", per_class=args.images // 2)
-    plans = {"one": [(1, args.trials)], "two": [(2, args.trials)], "apart": [(1, args.trials // 2)] * 2}
-    seconds, scores = {}, {}
-    for name, plan in plans.items():
-        searches = []
-        for i, (workers, trials) in enumerate(plan):
-            search = make(folder / f"{name}-{i}", images, folder / "cache", *EQUAL)
-            search.program = ("-c", SHARED.format(cores=workers))
-            search.options = (*search.options, "--trials", str(trials), "--workers", str(workers))
-            search.start()
-            searches.append(search)
-        for search in searches:
-            require(search.wait() == 0, search)
-        seconds[name] = max(search.ledger.trial_seconds() for search in searches)
-        scores[name] = [(trial.state, trial.score) for trial in searches[0].ledger.trials().values()]
-        print(f"workers: {name:<6} {args.trials} trials in {seconds[name]:.1f} s", flush=True)
-    if scores["one"] != scores["two"]:
-        sys.exit(f"the trials were not the same with two workers as with one: {scores}")
+    two, apart = [], []
+    for again in range(args.repeats):
+        one, scores = _trained(folder / f"one-{again}", images, args.trials, workers=1)
+        seconds, same = _trained(folder / f"two-{again}", images, args.trials, workers=2)
+        if scores != same:
+            sys.exit(f"the trials were not the same with two workers as with one: {scores}, {same}")
+        shared, _ = _trained(folder / f"apart-{again}", images, args.trials // 2, workers=1, searches=2)
+        two.append(one / seconds)
+        apart.append(one / shared)
+        print(f"{args.trials} trials  one {one:.1f} s, two {seconds:.1f} s, apart {shared:.1f} s", flush=True)
     return {
-        "speedup_2": round(seconds["one"] / seconds["two"], 3), "speedup_trials": args.trials,
-        "speedup_2_apart": round(seconds["one"] / seconds["apart"], 3),
+        "speedup_2": round(statistics.median(two), 3), "speedup_trials": args.trials,
+        "speedup_2_each": [round(ratio, 2) for ratio in two],
+        "speedup_2_apart": round(statistics.median(apart), 3),
+        "speedup_2_apart_each": [round(ratio, 2) for ratio in apart],
     }  # fmt: skip
+
+
+def _trained(
+    folder: Path, images: Path, trials: int, *, workers: int, searches: int = 1
+) -> tuple[float, list[tuple[str, float | None]]]:
+    """Seconds that equal trials take in searches at once, and the states and scores of the first one's."""
+    running = []
+    for i in range(searches):
+        search = make(folder / str(i), images, folder.parent / "cache", *EQUAL)
+        search.program = ("-c", SHARED.format(cores=workers))
+        search.options = (*search.options, "--trials", str(trials), "--workers", str(workers))
+        search.start()
+        running.append(search)
+    for search in running:
+        require(search.wait() == 0, search)
+    ended = running[0].ledger.trials().values()
+    return max(search.ledger.trial_seconds() for search in running), [(t.state, t.score) for t in ended]
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------------
@@ -253,12 +266,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer trials and moments, under five minutes")
     parser.add_argument("--trials", type=int, help="equal trials of the speed-up")
     parser.add_argument("--images", type=int, help="of the speed-up and of the kill")
-    parser.add_argument("--repeats", type=int, help="of each moment of Ctrl-C, and of the kill")
+    parser.add_argument("--repeats", type=int, help="of the speed-up, each moment of Ctrl-C, and the kill")
     parser.add_argument("--moments", default=",".join(STRUCK), help="of Ctrl-C")
     parser.add_argument("--cached", type=int, help="trials that are read")
     parser.add_argument("--kill-workers", type=int, default=1, help="of the search that is killed")
     args = parser.parse_args()
-    defaults = {"trials": (24, 6), "images": (200, 100), "repeats": (3, 1), "cached": (200, 30)}
+    defaults = {"trials": (12, 6), "images": (200, 100), "repeats": (3, 1), "cached": (200, 30)}
     for name, (full, quick) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)

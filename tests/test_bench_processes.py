@@ -305,7 +305,7 @@ def test_a_search_is_killed_at_its_writes_and_goes_on(tmp_path: Path) -> None:
 
 
 PARTS: dict[str, tuple[str, ...]] = {
-    "speedup": ("--trials", "2", "--images", "24"),
+    "speedup": ("--trials", "2", "--images", "24", "--repeats", "1"),
     "ctrl_c": ("--moments", "trials,bundle held up", "--repeats", "1"),
     "kill": ("--images", "60", "--repeats", "1"),
     "readers": ("--cached", "4"),
