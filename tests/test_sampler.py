@@ -60,7 +60,7 @@ def propose(study: optuna.Study, seed: int, *, kept: tuple[str, ...] = ()) -> di
 def test_proposals_lie_where_trials_were_best_whatever_their_number(trials: int) -> None:
     study = study_of(trials)
     found = [propose(study, seed) for seed in range(12)]
-    assert statistics.median(abs(float(params["rate"]) - 0.3) for params in found) < 0.1  # type: ignore[arg-type]
+    assert statistics.median(abs(float(params["rate"]) - 0.3) for params in found) < 0.15  # type: ignore[arg-type]
     assert statistics.median(abs(float(params["head.width"]) - 0.8) for params in found) < 0.2  # type: ignore[arg-type]
     assert [params["backbone"] for params in found].count("b") > 8
     assert all(type(params["head.hidden"]) is int for params in found)
@@ -75,7 +75,7 @@ def test_the_same_seed_proposes_the_same_of_many_trials() -> None:
     assert propose(study_of(750), 7) != propose(study_of(750), 8)
 
 
-@pytest.mark.parametrize(("trials", "with_head"), [(80, 20), (1200, 100)])
+@pytest.mark.parametrize(("trials", "with_head"), [(80, 20), (1200, SEEN)])
 def test_a_block_is_learned_from_the_best_and_a_sample_of_the_trials_that_have_it(
     trials: int, with_head: int
 ) -> None:

@@ -27,11 +27,9 @@ STARTUP = 8
 WIDE = 16
 """A range of whole numbers that is taken for one of fractions."""
 
-SEEN = 100
-"""Ended trials from which TPE learns a block at most; its densities grow no finer with more."""
-
-GOOD = 10
-"""How many trials TPE takes for good at most, and at least one in ten."""
+SEEN, GOOD = 250, 25
+"""Ended trials from which TPE learns a block at most, and how many of so many or more it takes for good;
+with fewer of them it finds less (`bench/sampling.py`)."""
 
 
 class Ended:
