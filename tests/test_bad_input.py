@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests_support import SPOILED, TINY, refused, run
+from tests_support import SPOILED, TINY, environment, refused, run
 
 MODEL = "timm:test_resnet.r160_in1k"
 PRETRAINED = ("--backbones", MODEL, "--offline", "--preset", "fast")
@@ -312,3 +314,28 @@ def test_the_other_commands_refuse_in_one_sentence_as_well(place: Path, case: st
     args, *said = OTHERS[case]
     sentence = refused(*args, cwd=place)
     assert all(text in sentence for text in said), sentence
+
+
+# --- the machine --------------------------------------------------------------------------------------
+
+STARVED = """
+import resource
+from pathlib import Path
+import tlauto.cli
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+most = pages * resource.getpagesize() + {more} * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+tlauto.cli.main(["search", "--data", "images"])
+"""
+"""`tlauto` with little memory for what it has yet to import."""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads its size in /proc")
+@pytest.mark.parametrize("more", [0, 16, 24])
+def test_a_machine_without_memory_for_another_library_is_a_sentence(tmp_path: Path, more: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARVED.format(more=more)], cwd=tmp_path, env=environment(tmp_path),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: no memory is left; end other programs, or use fewer --workers\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,10 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
+NO_ROOM = re.compile("failed to map segment|cannot (allocate memory|create shared object)", re.IGNORECASE)
+"""What the system's loader says when there is no memory for a library that is imported late."""
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tlauto", prog_name="tlauto")
 def app() -> None:
@@ -75,7 +80,9 @@ def main(args: Sequence[str] | None = None) -> None:
         # The reader (head, less) went away: not an error of ours.
         sys.stderr.close()
         sys.exit(0)
-    except MemoryError:
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and not NO_ROOM.search(str(error)):
+            raise
         click.echo("error: no memory is left; end other programs, or use fewer --workers", err=True)
         sys.exit(1)
     except OSError as error:
