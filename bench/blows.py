@@ -98,8 +98,8 @@ def kill_all(round: Round, chance: random.Random) -> None:
 
 
 def interrupt(round: Round, chance: random.Random) -> None:
-    """Ctrl-C; to a shell a Python that it meets at its very end, after the last line, exits with 130 too."""
-    round.codes |= {130, -signal.SIGINT}
+    """Ctrl-C."""
+    round.codes.add(130)
     round.search.signal(signal.SIGINT)
 
 

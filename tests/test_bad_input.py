@@ -339,3 +339,24 @@ def test_a_machine_without_memory_for_another_library_is_a_sentence(tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == "error: no memory is left; end other programs, or use fewer --workers\n"
+
+
+LATE = """
+import os, signal, tlauto.cli
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):
+        kill(pid, number)
+late = Late()
+tlauto.cli.main(["--version"])
+"""
+"""`tlauto` that meets Ctrl-C after its last line, while Python clears up."""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_after_the_last_line_changes_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], cwd=tmp_path, env=environment(tmp_path), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("tlauto, version")

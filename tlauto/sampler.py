@@ -22,7 +22,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of trials that there is something to learn from."""
 
 STARTUP = 8
-"""Trials that must have ended with a block's parameters before they are drawn by TPE."""
+"""Trials that must have ended with a block's parameters before TPE draws these together."""
 
 WIDE = 16
 """A range of whole numbers that is taken for one of fractions."""

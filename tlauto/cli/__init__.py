@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -67,6 +69,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit 1 on an error of ours, 2 on wrong usage, 130 when interrupted."""
     # Threads that wait for each other by spinning make a small network ten times as slow beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What is done is done: Ctrl-C while Python clears up would end it as if the search had been cut off.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         code = app.main(args=list(args) if args is not None else None, standalone_mode=False)
     except TlautoError as error:
