@@ -83,25 +83,24 @@ def _found(
 
 def _checked(pool: Pool, job: Preflight, emit: Emit) -> PreflightDone:
     """What a worker says to a job; one that died of it, or with its machine, is given another chance."""
-    deadline = time.monotonic() + PREFLIGHT_TIMEOUT_S
-    for can_retry in (True, False):
-        while not pool.slots and time.monotonic() < deadline:  # on a cluster they come and go
+    can_retry = True
+    while True:
+        while not pool.slots:  # on a cluster they come and go
             pool.wait(1.0)
-        if not pool.slots:
-            break
         pool.send(pool.slots[0], job)
-        said = _answer(pool, emit, deadline)
+        said = _answer(pool, emit)
         if isinstance(said, PreflightDone):
             return said
         why = f"{said.ending} while it checked the backbones: {_last_line(said.log_tail)}"
         if not can_retry:
             raise TlautoError(why)
         emit(Said(f"{why}; they are checked again"))
-    raise _too_slow()
+        can_retry = False
 
 
-def _answer(pool: Pool, emit: Emit, deadline: float) -> PreflightDone | Event:
+def _answer(pool: Pool, emit: Emit) -> PreflightDone | Event:
     """What comes of a job: its result, or the end of its worker."""
+    deadline = time.monotonic() + PREFLIGHT_TIMEOUT_S
     while time.monotonic() < deadline:
         for event in pool.wait(1.0):
             match event.message:
@@ -113,11 +112,7 @@ def _answer(pool: Pool, emit: Emit, deadline: float) -> PreflightDone | Event:
                     raise TlautoError(f"{message}{_hint(detail)}")
                 case None:
                     return event
-    raise _too_slow()
-
-
-def _too_slow() -> TlautoError:
-    return TlautoError(f"checking the backbones took more than {PREFLIGHT_TIMEOUT_S:.0f} s; try fewer")
+    raise TlautoError(f"checking the backbones took more than {PREFLIGHT_TIMEOUT_S:.0f} s; try fewer")
 
 
 def _hint(detail: str) -> str:
