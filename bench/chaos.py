@@ -193,6 +193,9 @@ def look_at_end(round: Round, code: int | None, *, left_s: float = LEFT_S) -> No
         left += round.cluster.left_after(left_s, ray_cluster.ACTOR)
     round.faults += end(left, f"of start {search.starts}")
     said = search.said()
+    if 130 in round.codes and _never_began(said, code):
+        round.codes.clear()
+        return
     if TRACEBACK in said and (OURS in said or "KeyboardInterrupt" not in said):
         round.faults.append((MISSED, f"start {search.starts} ended in a traceback: {said[-600:]}"))
     if code not in {0, 1, *round.codes}:
@@ -203,6 +206,12 @@ def look_at_end(round: Round, code: int | None, *, left_s: float = LEFT_S) -> No
             (MISSED, f"start {search.starts} ended with code 1 and no sentence: {said[-300:]}")
         )
     round.codes.clear()
+
+
+def _never_began(said: str, code: int | None) -> bool:
+    """Whether Ctrl-C ended Python while it started: nothing of a command's has run then, or could answer."""
+    is_pythons = said.startswith((TRACEBACK, "Could not import runpy")) and OURS not in said
+    return code in (1, -signal.SIGINT) and is_pythons and said.rstrip().endswith("KeyboardInterrupt")
 
 
 def end(left: list[int], whose: str) -> list[Fault]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def open_images(data: str, *, seed: int) -> Images:
         raise DataError(f"{data} is for {dataset.task}; this script does classes only")
     values = [item.target for part in PARTS for item in dataset.part(part)]
     return Images(Path(data).name, dataset, task(dataset.task).targets(values, dataset.classes))
+
+
+def possible(images: Images, counts: Sequence[int]) -> list[int]:
+    """The numbers of images to learn from that leave some to ask about; a note of the others."""
+    for count in counts:
+        if count >= len(images.labels):
+            print(f"{images.name}: {count} of {len(images.labels)} images leave none", file=sys.stderr)
+    return [count for count in counts if count < len(images.labels)]
 
 
 def draws(images: Images, count: int, draws: int) -> Iterator[Draw]:

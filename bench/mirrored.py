@@ -17,9 +17,10 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import product
 
 from choosing import add_arguments, with_defaults, with_error
-from fewshot import Head, bound_of, draws, extract, open_images, solve
+from fewshot import Head, bound_of, draws, extract, open_images, possible, solve
 
 from tlauto.errors import TlautoError
 
@@ -36,7 +37,7 @@ def main() -> None:
             for backbone in args.backbone:
                 given = {"weights_dir": args.weights_dir, "pretrained": args.pretrained}
                 plain, both = (extract(images, backbone, mirror=mirror, **given) for mirror in (False, True))
-                for count, kind in ((count, kind) for count in args.images for kind in plain):
+                for count, kind in product(possible(images, args.images), plain):
                     pairs = [
                         [
                             solve(images, draw, backbone, one[kind], bound=bound_of(kind))

@@ -249,6 +249,25 @@ def test_how_a_search_ended_is_judged(round: Round, said: str, code: int | None,
     assert [name for name, _ in round.faults] == [MISSED] * faults
 
 
+@pytest.mark.parametrize(
+    ("frame", "before", "codes", "faults"),
+    [
+        ("<module>", "", {130}, 0),
+        ("<module>", "", set(), 1),
+        ("<module>", "best\n", {130}, 1),
+        ("main", "", {130}, 2),
+    ],
+)
+def test_ctrl_c_is_forgiven_before_the_command_has_begun_and_not_later(
+    round: Round, frame: str, before: str, codes: set[int | None], faults: int
+) -> None:
+    said = f"{before}{chaos.TRACEBACK}:\n  File x, line 1, in {frame}\nKeyboardInterrupt\n"
+    round.search.log.write_text(said)
+    round.codes |= codes
+    chaos.look_at_end(round, -signal.SIGINT)
+    assert [name for name, _ in round.faults] == [MISSED] * faults
+
+
 def test_a_model_that_is_not_whole_is_counted(round: Round) -> None:
     round.search.runs.mkdir()
     folder = round.search.runs / "model"

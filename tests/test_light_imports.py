@@ -47,6 +47,22 @@ def test_importing_tlauto_loads_no_heavy_library() -> None:
     assert _heavy_after("import tlauto") == []
 
 
+def test_a_command_that_is_interrupted_while_it_imports_ends_without_a_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tlauto.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from tlauto.__main__ import main\n"
+        "print([name for name in sys.modules if name.startswith('tlauto')])\n"
+        "main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "")
+    assert run.stdout.strip() == "['tlauto', 'tlauto.__main__']", "all else is imported where Ctrl-C is heard"
+
+
 @pytest.mark.parametrize(
     "words", [("--help",), ("--version",), ("plugins",), ("plugins", "--json")], ids=" ".join
 )

@@ -9,26 +9,25 @@
 Importing this package imports neither torch, keras, timm nor optuna.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from tlauto.contracts import (
-    Backbone,
-    BackboneInfo,
-    BackboneProvider,
-    FeatureShape,
-    FreezeStrategy,
-    ImageInput,
-    Task,
-    TaskHead,
-    TrainPlan,
-    TrialSpec,
-    WeightsOptions,
-    WeightsStatus,
-)
-from tlauto.errors import TlautoError
-from tlauto.hookspecs import hookimpl
+TYPE_CHECKING = False  # as type checkers take it; importing `typing` would take longer than all else here
+if TYPE_CHECKING:
+    from tlauto.api import load, search
+    from tlauto.contracts import (
+        Backbone,
+        BackboneInfo,
+        BackboneProvider,
+        FeatureShape,
+        FreezeStrategy,
+        ImageInput,
+        Task,
+        TaskHead,
+        TrainPlan,
+        TrialSpec,
+        WeightsOptions,
+        WeightsStatus,
+    )
+    from tlauto.errors import TlautoError
+    from tlauto.hookspecs import hookimpl
 
 __all__ = [
     "Backbone",
@@ -49,13 +48,14 @@ __all__ = [
     "search",
 ]
 
-_LAZY = {"search": "tlauto.api", "load": "tlauto.api"}
+_ELSEWHERE = {"search": "api", "load": "api", "TlautoError": "errors", "hookimpl": "hookspecs"}
 
 
-def __getattr__(name: str) -> Any:
-    # `tlauto.search` and `tlauto.load` pull in Optuna and torch: only when asked for.
-    if name in _LAZY:
-        import importlib
+def __getattr__(name: str) -> object:
+    # Only when asked for: `search` and `load` pull in Optuna and torch, and a command that is stopped
+    # while it starts should have little left to import that nobody watches.
+    if name not in __all__:
+        raise AttributeError(f"module 'tlauto' has no attribute '{name}'")
+    import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'tlauto' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"tlauto.{_ELSEWHERE.get(name, 'contracts')}"), name)
