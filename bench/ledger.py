@@ -208,7 +208,7 @@ def _repeated(trials: Mapping[int, Trial]) -> list[Fault]:
 def _first(trials: Mapping[int, Trial], first: Mapping[str, Sequence[tuple[str, str, str]]]) -> list[Fault]:
     """Probes and default recipe: each counts once, whatever happened while they were proposed.
 
-    One that was interrupted twice is not tried a third time: it may be what takes the machine down.
+    One that was interrupted again and again is given up: it may be what takes the machine down.
     """
     again = {trial.attrs.get("retry_of") for trial in trials.values()}
     given_up = [

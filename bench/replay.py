@@ -30,7 +30,8 @@ from tlauto.rungs import STATE_FILE
 from tlauto.schedule import Plan
 from tlauto.space import Choice, Parameter, Scalar
 from tlauto.store import Store
-from tlauto.study import MEMORY, Study
+from tlauto.study import Study
+from tlauto.tables import MEMORY
 from tlauto.training.trial import Best, Evaluation
 
 SLOT = "cpu:0"

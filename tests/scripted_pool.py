@@ -31,7 +31,8 @@ from tlauto.prepare import Session, propose_first
 from tlauto.schedule import Plan
 from tlauto.searchspace import SearchSpace
 from tlauto.store import Store
-from tlauto.study import MEMORY, Study
+from tlauto.study import Study
+from tlauto.tables import MEMORY
 
 ITEMS = tuple(
     Item(f"{i}.png", i % 2, part, str(i)) for i, part in enumerate(("train",) * 4 + ("val", "test"))

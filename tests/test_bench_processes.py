@@ -171,7 +171,7 @@ def test_what_is_wrong_at_the_end_of_a_round_is_counted(written: Written, what: 
     assert [name for name, _ in written.found()] == names, written.found()
 
 
-def test_a_trial_that_was_interrupted_twice_is_given_up(written: Written) -> None:
+def test_a_trial_that_is_interrupted_again_and_again_is_given_up(written: Written) -> None:
     written.execute(
         "UPDATE trials SET state = 'RUNNING' WHERE trial_id = 1",
         "DELETE FROM trial_values WHERE trial_id = 1",

@@ -125,9 +125,12 @@ def test_a_search_killed_between_two_attempts_makes_one_more_attempt(url: str, s
     ends = earlier_ends(again.trials()[third.number], again.trials())
     assert ends == [INTERRUPTED, WorkerDied.kind]
     assert retry(WorkerDied.kind, spec_of(), ends, trains=True) is None
-    assert Study(url, "s", seed=0, create=False).requeue_interrupted() == [third.number]
+    last = Study(url, "s", seed=0, create=False)
+    assert last.requeue_interrupted() == [third.number]
+    fourth = last.ask(space)
+    assert Study(url, "s", seed=0, create=False).requeue_interrupted() == [fourth.number]
     states = [t.state for t in Study(url, "s", seed=0, create=False).trials()]
-    assert states == ["failed"] * 3, "what was cut off twice is not proposed a third time"
+    assert states == ["failed"] * 4, "what was cut off three times in vain is not proposed again"
 
 
 # --- signs of life --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ LAYER_1 = frozenset(
 )
 NETWORKS = frozenset({"backbone", "keras_network"})
 DATABASE = frozenset({"connections", "migrations"})
-OPTUNA = frozenset({"study", "versions", "sampler", "writethrough", "rows"})
+OPTUNA = frozenset({"study", "versions", "sampler", "writethrough", "rows", "tables"})
 LAYER_2 = frozenset({"store", "training", "builtin"}) | OPTUNA | NETWORKS | DATABASE
 LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
@@ -51,8 +51,11 @@ def _rules() -> dict[str, Rule]:
     rules = dict.fromkeys(LAYER_0, Rule(LAYER_0))
     rules |= dict.fromkeys(LAYER_1, Rule(BELOW_2, frozenset({"pluggy"}), none, IMAGES | {"rich"}))
     rules |= dict.fromkeys(DATABASE | {"store"}, Rule(BELOW_2 | DATABASE, frozenset({"sqlalchemy"})))
-    rules["study"] = Rule(BELOW_2 | {"connections", "sampler", "writethrough"}, frozenset({"optuna"}))
-    rules["versions"] = Rule(BELOW_2 | {"study"}, frozenset({"optuna"}))
+    rules["study"] = Rule(
+        BELOW_2 | {"connections", "sampler", "tables", "writethrough"}, frozenset({"optuna"})
+    )
+    rules["tables"] = Rule(BELOW_2 | {"connections", "writethrough"}, frozenset({"optuna"}))
+    rules["versions"] = Rule(BELOW_2 | {"study", "tables"}, frozenset({"optuna"}))
     rules["writethrough"] = Rule(BELOW_2 | {"rows"}, frozenset({"optuna", "sqlalchemy"}))
     rules["rows"] = Rule(BELOW_2, frozenset({"optuna", "sqlalchemy"}))
     rules["sampler"] = Rule(BELOW_2, frozenset({"optuna", "numpy"}))

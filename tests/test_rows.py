@@ -18,7 +18,8 @@ from postgres_support import postgres
 from test_study import make_space
 
 from tlauto.errors import StoreError
-from tlauto.study import Study, opened
+from tlauto.study import Study
+from tlauto.tables import opened
 from tlauto.writethrough import WriteThrough
 
 KNOWN: dict[str, BaseDistribution] = {

@@ -15,7 +15,8 @@ from tlauto.plugins import registry
 from tlauto.searchspace import Pick, SearchSpace
 from tlauto.space import Parameter, Scalar
 from tlauto.store import Store
-from tlauto.study import INTERRUPTED, MEMORY, Study
+from tlauto.study import VAIN, Study
+from tlauto.tables import MEMORY
 
 BACKBONES = ("timm:a", "timm:b", "keras:C", "torchvision:d")
 
@@ -127,18 +128,36 @@ def test_fixed_values_are_checked_and_used(url: str) -> None:
         make_space(**{"optim.name": "rmsprop"})
 
 
-def test_interrupted_trials_are_proposed_again_once_and_do_not_count(url: str) -> None:
+def test_interrupted_trials_are_proposed_again_until_it_is_in_vain_and_do_not_count(url: str) -> None:
     space = make_space()
-    first = Study(url, "s", seed=0, create=True)
-    record = first.ask(space)
-    resumed = Study(url, "s", seed=0, create=False)
-    assert resumed.requeue_interrupted() == [record.number]
-    assert [t.counts for t in resumed.trials()] == [False, False]
-    again = resumed.ask(space)
-    assert again.params == record.params
-    resumed.fail(again.number, kind=INTERRUPTED, message="stopped")
-    assert Study(url, "s", seed=0, create=False).requeue_interrupted() == []
-    assert [t.state for t in resumed.trials()] == ["failed", "failed"]
+    record = Study(url, "s", seed=0, create=True).ask(space)
+    for number in range(VAIN - 1):
+        resumed = Study(url, "s", seed=0, create=False)
+        assert resumed.requeue_interrupted() == [number]
+        assert resumed.requeue_interrupted() == [], "once for each interruption"
+        assert not any(t.counts for t in resumed.trials())
+        assert resumed.ask(space).params == record.params
+    last = Study(url, "s", seed=0, create=False)
+    assert last.requeue_interrupted() == [VAIN - 1]
+    assert [t.state for t in last.trials()] == ["failed"] * VAIN
+
+
+def test_a_trial_that_gets_further_each_time_is_never_given_up(url: str) -> None:
+    space, study = make_space(), Study(url, "s", seed=0, create=True)
+    for attempt in range(2 * VAIN):
+        record = study.ask(space)
+        for epoch in range(1, attempt + 2):  # those of the state that it goes on from, and one more
+            study.report(record.number, epoch, 0.5)
+        study = Study(url, "s", seed=0, create=False)
+        assert study.requeue_interrupted() == [attempt]
+    assert study.trials()[-1].state == "waiting"
+    for _ in range(VAIN):
+        record = study.ask(space)
+        for epoch in range(1, 2 * VAIN + 1):
+            study.report(record.number, epoch, 0.5)
+        study = Study(url, "s", seed=0, create=False)
+        study.requeue_interrupted()
+    assert study.trials()[-1].state == "failed", "no epoch was new"
 
 
 @pytest.mark.parametrize("drawn", [0, 2])

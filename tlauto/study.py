@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import sqlite3
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,11 +13,12 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tlauto.connections import engine_options, explained, explanation, is_conflict, wait_for_restarts
+from tlauto.connections import is_conflict
 from tlauto.errors import StoreError
 from tlauto.sampler import Ended, Kept, make_sampler
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
+from tlauto.tables import MEMORY, close_storage, explained, open_storage, opened
 from tlauto.writethrough import WriteThrough
 
 FORMAT = 1
@@ -42,13 +41,9 @@ SHELVED, POINT = "shelved", "point"
 """Attributes of trials that come from another version: the state they ended in; all parameters, where
 the new version's categories do not take them."""
 
-MEMORY = "memory"
-"""In place of a database's URL: the study is gone with its object, as a simulation wants it."""
-
-MOST_TRIES = 20
-"""How often to open a database whose tables another process is making."""
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+VAIN = 3
+"""Interruptions in a row, none after a further epoch, with which a trial is given up: it may be what takes
+the machine down."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,20 @@ def earlier_ends(trial: TrialRecord, trials: Sequence[TrialRecord]) -> list[str]
     return ends
 
 
+def vain_attempts(trial: TrialRecord, trials: Sequence[TrialRecord]) -> int:
+    """How often in a row an interrupted trial was cut off, this time included, without a further epoch."""
+    count = 0
+    while True:
+        number = trial.attrs.get("retry_of")
+        before = None if number is None else trials[int(number)]
+        if len(trial.reports) > (len(before.reports) if before else 0):
+            return count
+        count += 1
+        if before is None or trial.attrs.get("retry_why") != INTERRUPTED:
+            return count
+        trial = before
+
+
 def versioned(name: str, version: int) -> str:
     """What Optuna calls a version of a study; no study of a user's can be called so."""
     return name if version == 1 else f"{name}@{version}"
@@ -104,7 +113,7 @@ def trial_reader(url: str) -> Iterator[Callable[[str], list[TrialRecord]]]:
 
     def read(name: str) -> list[TrialRecord]:
         try:
-            with _explained(url):
+            with explained(url):
                 return [_record(t) for t in storage.get_all_trials(storage.get_study_id_from_name(name))]
         except KeyError:
             raise StoreError("its trials are gone from the database") from None
@@ -132,7 +141,7 @@ class Study:
         self._changed: set[int] = set()
         self._ended = Ended()
         self._storage = open_storage(url)
-        with _explained(url), warnings.catch_warnings():
+        with explained(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             exists = _exists(self._storage, self._stored_as, create=create)
             if isinstance(self._storage, optuna.storages.RDBStorage):
@@ -150,11 +159,11 @@ class Study:
 
     def close(self) -> None:
         """Release the connections."""
-        _close(self._storage)
+        close_storage(self._storage)
 
     def set_metric(self, metric: str) -> None:
         """Name the score, for the dashboard."""
-        with _explained(self._url), warnings.catch_warnings():
+        with explained(self._url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names([metric])
 
@@ -162,7 +171,7 @@ class Study:
     def explaining(self) -> Iterator[None]:
         """Turn what Optuna's storage raises within the block into a StoreError."""
         try:
-            with _explained(self._url):
+            with explained(self._url):
                 yield
         except (KeyError, StoreError) as error:
             # A record that is not there any more is a KeyError, or refused; so is a mistake of ours.
@@ -245,7 +254,7 @@ class Study:
         return list(self._running)
 
     def requeue_interrupted(self) -> list[int]:
-        """Fail the trials that a dead coordinator left running and propose them again, once each.
+        """Fail the trials that a dead coordinator left running and propose them again, each as one trial.
 
         Returns: their numbers.
         """
@@ -256,7 +265,7 @@ class Study:
         again = {trial.attrs.get("retry_of") for trial in trials}
         for trial in trials:
             is_cut_off = trial.attrs.get("error_kind") == INTERRUPTED and trial.number not in again
-            if is_cut_off and trial.params and INTERRUPTED not in earlier_ends(trial, trials):
+            if is_cut_off and trial.params and vain_attempts(trial, trials) < VAIN:
                 self.requeue(trial.number, why=INTERRUPTED)
         return left
 
@@ -288,71 +297,6 @@ class Study:
     def running(self) -> tuple[int, ...]:
         """Numbers of the trials this coordinator has running."""
         return tuple(self._running)
-
-
-class _TunedConnection(sqlite3.Connection):
-    """A connection that syncs at checkpoints only: safe in WAL mode, and half of a report's time."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.execute("PRAGMA synchronous=NORMAL")
-
-
-def open_storage(url: str) -> optuna.storages.BaseStorage:
-    """Optuna's own tables in a database, made if need be; raises StoreError when it cannot be used."""
-    if url == MEMORY:
-        return optuna.storages.InMemoryStorage()
-    options = engine_options(url)
-    if url.startswith("sqlite"):
-        options["connect_args"]["factory"] = _TunedConnection
-    for tries_left in reversed(range(MOST_TRIES)):
-        try:
-            with _explained(url):
-                # Optuna formats the URL, in which a folder's name may have braces.
-                escaped = url.replace("{", "{{").replace("}", "}}")
-                storage = optuna.storages.RDBStorage(escaped, engine_kwargs=options)
-            break
-        except RuntimeError as error:
-            cause = str(error).splitlines()[0]
-            raise StoreError(f"cannot open Optuna's tables in the database: {cause}") from error
-        except StoreError as error:
-            # Two that open a new database at once make the same tables.
-            if not tries_left or not is_conflict(error.__cause__):
-                raise
-            time.sleep(0.1)
-    wait_for_restarts(storage.engine)
-    return storage
-
-
-def _close(storage: optuna.storages.BaseStorage) -> None:
-    if isinstance(storage, (optuna.storages.RDBStorage, WriteThrough)):
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-@contextmanager
-def opened(url: str) -> Iterator[optuna.storages.BaseStorage]:
-    """Optuna's tables for the length of a block; StoreError where they cannot be used."""
-    storage = open_storage(url)
-    try:
-        with _explained(url):
-            yield storage
-    finally:
-        _close(storage)
-
-
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    try:
-        with explained(url):
-            yield
-    except optuna.exceptions.StorageInternalError as error:
-        raise StoreError(explanation(url, error.__cause__ or error)) from error.__cause__
-    except optuna.exceptions.UpdateFinishedTrialError as error:
-        raise StoreError(
-            "a running trial was ended by another program (in the dashboard?); the same command goes on "
-            "without it"
-        ) from error
 
 
 def _exists(storage: optuna.storages.BaseStorage, name: str, *, create: bool) -> bool:

@@ -21,7 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tlauto.errors import ConfigError
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
-from tlauto.study import INTERRUPTED, POINT, PROPOSED, SHELVED, Study, check_name, opened, versioned
+from tlauto.study import INTERRUPTED, POINT, PROPOSED, SHELVED, Study, check_name, versioned
+from tlauto.tables import opened
 
 OFFERED = ("backbone", "strategy", "head")
 """The categories that decide whether a trial belongs to a version."""

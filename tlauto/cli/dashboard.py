@@ -22,7 +22,7 @@ def command(out: str, storage: str | None, host: str, port: int) -> None:
     from tlauto.api import open_search
     from tlauto.errors import ConfigError
     from tlauto.store import storage_url
-    from tlauto.study import open_storage
+    from tlauto.tables import open_storage
 
     search = open_search(out, None, storage)
     with socket.socket() as probe:
