@@ -207,7 +207,8 @@ def plan_lines(event: Planned) -> list[str]:
         f"score     {event.metric} on held-out images ({event.why_metric})",
     ]
     if event.done:
-        lines.append(f"resuming  study '{event.study}' with {event.done} trials done")
+        trials = "trial" if event.done == 1 else "trials"
+        lines.append(f"resuming  study '{event.study}' with {event.done} {trials} done")
     return [*lines, HEADER]
 
 
