@@ -177,6 +177,11 @@ def test_the_others_are_the_best_by_their_probes_so_far() -> None:
     assert partners(proposed("timm:b"), [t for t in best if t.params["backbone"] == "timm:b"]) == ()
 
 
+def test_an_id_that_cannot_be_told_apart_is_passed_over() -> None:
+    odd = dataclasses.replace(trial(0, "timm:my own weights"), score=0.99)
+    assert partners(proposed("timm:a"), [odd, *ranked(probes())]) == ("timm:b", "timm:d")
+
+
 def test_another_attempt_reads_what_the_first_one_read() -> None:
     best = ranked(probes())
     assert partners(proposed(beside="timm:c"), best) == ("timm:c",)

@@ -40,9 +40,10 @@ def partners(trial: TrialRecord, ranked: Sequence[TrialRecord]) -> tuple[str, ..
     """
     if ATTRIBUTE in trial.attrs:
         return backbones_of(trial)[1:]
-    others = dict.fromkeys(str(probe.params["backbone"]) for probe in ranked)
-    others.pop(str(trial.params["backbone"]), None)
-    return tuple(others)[: int(number(trial.params.get(NAME, 1))) - 1]
+    names = dict.fromkeys(str(probe.params["backbone"]) for probe in ranked)
+    # They are told apart by spaces: an id that has one, from the name of a weights file, is passed over.
+    others = [name for name in names if name != trial.params["backbone"] and len(name.split()) == 1]
+    return tuple(others[: int(number(trial.params.get(NAME, 1))) - 1])
 
 
 def beside_of(trial: TrialRecord, spec: TrialSpec) -> dict[str, str]:
