@@ -204,19 +204,6 @@ def test_a_bundle_loads_where_the_trial_and_its_data_are_gone(bundle_folder: Pat
     assert load_bundle(moved).labels[0] == "ant"
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
-def test_a_bundle_of_an_older_format_loads(version: int, bundle_folder: Path, files: list[Path]) -> None:
-    before = load_bundle(bundle_folder).predict(files)
-
-    def change(data: dict[str, Any]) -> None:
-        data["format_version"] = version
-        for name in ("joined", "is_part", *(("features", "ensemble") if version == 1 else ())):
-            del data[name]
-
-    edit(bundle_folder, change)
-    assert load_bundle(bundle_folder).predict(files) == before
-
-
 def test_predictions_are_ordered_by_probability_and_cut_at_top_k(saved: Path, files: list[Path]) -> None:
     first = load_bundle(saved).predict(files, top_k=2)[0]
     chances = list((first.probabilities or {}).values())

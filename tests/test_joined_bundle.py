@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_bundle import edit
+from test_bundle import edit, write_bundle, write_images
 from test_predict import Run, dataset_of, run, write_colours
 
 from tlauto.contracts import BackboneInfo, TrialSpec, WeightsOptions
@@ -194,3 +194,19 @@ def test_a_missing_plugin_of_a_part_is_named_with_how_to_install_it(model: Path)
     edit(model, read)
     with pytest.raises(UnknownNameError, match=r"needs the backbone 'acme'.*pip install tlauto-acme\)"):
         load_bundle(model)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_a_bundle_of_an_older_format_loads(version: int, tmp_path: Path) -> None:
+    files, model = write_images(tmp_path / "images"), tmp_path / "model"
+    write_bundle(model, files)
+    before = load_bundle(model).predict(files)
+
+    def change(data: dict[str, Any]) -> None:
+        assert data["format_version"] == 1, "no newer than it needs to be"
+        data["format_version"] = version
+        for name in ("joined", "is_part", *(("features", "ensemble") if version == 1 else ())):
+            del data[name]
+
+    edit(model, change)
+    assert load_bundle(model).predict(files) == before
