@@ -26,7 +26,10 @@ from tlauto.space import Scalar
 
 FORMAT = 1
 PRESET = "recorded"
-"""The preset of recorded trials: `balanced` with the table's epochs and images an epoch."""
+"""The preset of recorded trials: `balanced` with the table's epochs and images an epoch, and `ALONE`."""
+
+ALONE: Mapping[str, Scalar] = {"probe.joined": 1}
+"""What no recorded trial does: which other backbones a head reads depends on the trials before it."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,15 @@ class Table:
     def space(self) -> SearchSpace:
         """The search space that the points were drawn from."""
         about = self.header
-        return SearchSpace(
+        parts = (
             tuple(info["id"] for info in about["backbones"]),
             tuple(registry().strategy(name) for name in about["strategies"]),
             tuple(registry().head(name) for name in about["heads"]),
             find_task(about["task"]).space,
-            about["fixed"],
         )
+        known = SearchSpace(*parts, fixed={}).names
+        alone = {name: value for name, value in ALONE.items() if name in known}
+        return SearchSpace(*parts, fixed={**alone, **about["fixed"]})
 
     def infos(self) -> dict[str, BackboneInfo]:
         """The backbones, best prior first."""
@@ -122,8 +127,9 @@ def load(path: Path) -> Table:
 
 def use_preset(epochs: int, epoch_images: int) -> Preset:
     """Make `PRESET` known to this process."""
+    usual = PRESETS["balanced"]
     PRESETS[PRESET] = dataclasses.replace(
-        PRESETS["balanced"], finetune_epochs=epochs, cpu_epoch_images=epoch_images
+        usual, finetune_epochs=epochs, cpu_epoch_images=epoch_images, fixed={**usual.fixed, **ALONE}
     )
     return PRESETS[PRESET]
 

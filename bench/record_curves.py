@@ -35,7 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from curves import FORMAT, PRESET, Recorded, Table, load, use_preset
+from curves import ALONE, FORMAT, PRESET, Recorded, Table, load, use_preset
 
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, trains_backbone
@@ -139,7 +139,7 @@ def header_of(
         "backbones": [dataclasses.asdict(info) for info in infos.values()],
         "strategies": [strategy.name for strategy in plan.space.strategies],
         "heads": [head.name for head in plan.space.heads],
-        "fixed": dict(plan.space.fixed),
+        "fixed": {name: value for name, value in plan.space.fixed.items() if name not in ALONE},
         "features_seconds": {},
         "runs": [],
     }

@@ -25,7 +25,7 @@ from tlauto.data import Dataset
 from tlauto.errors import TlautoError
 from tlauto.plugins import registry
 from tlauto.store import Store
-from tlauto.training.model import restore
+from tlauto.training.joined import restore_parts
 from tlauto.training.predictor import Predictor
 from tlauto.training.tasks import find_task
 
@@ -60,8 +60,9 @@ def best_so_far(
         if rows and trial.value <= rows[-1][1]:
             continue
         spec = spec_from_json(specs[trial.number]["spec"])
-        classifier = restore(spec, registry(), dataset, checkpoint, "cpu")
-        answering = Predictor(classifier, classifier.source.input, find_task(spec.task), dataset.classes)
+        parts = restore_parts(spec, registry(), dataset, checkpoint, "cpu")
+        first, *others = [(part, part.source.input) for part in parts]
+        answering = Predictor(*first, find_task(spec.task), dataset.classes, beside=others)
         found = answering.predict_files(files).argmax(axis=1) == targets
         seconds = round(trial.datetime_complete.timestamp() - started, 1)
         rows.append([seconds, trial.value, float(found.mean())])

@@ -294,7 +294,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 DAMAGE: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("foreign", lambda d: d.update(format="other"), "does not describe a tlauto model bundle"),
-    ("newer", lambda d: d.update(format_version=5), "format version 5, this tlauto reads up to 4; update it"),
+    ("newer", lambda d: d.update(format_version=6), "format version 6, this tlauto reads up to 5; update it"),
     ("odd version", lambda d: d.update(format_version="x"), "'format_version' is 'x'"),
     ("no labels", lambda d: d.pop("labels"), "it has no 'labels'"),
     ("labels of one", lambda d: d.update(labels=["ant"]), "'labels' holds 1 classes"),

@@ -34,8 +34,8 @@ BACKBONES = tuple(f"timm:test_{name}.r160_in1k" for name in ("efficientnet", "re
 # No penalty or kind of features is found by cross-validation, so the sampler has something to find.
 SETTINGS: Mapping[str, Any] = {
     "backbones": BACKBONES, "strategies": "feature_extraction", "heads": "linear",
-    "params": {"probe.solver": "lbfgs", "probe.mirror": False}, "pretrained": False, "offline": True,
-    "workers": 0, "ensemble": 1,
+    "params": {"probe.solver": "lbfgs", "probe.mirror": False, "probe.joined": 1}, "pretrained": False,
+    "offline": True, "workers": 0, "ensemble": 1,
 }  # fmt: skip
 
 

@@ -14,17 +14,16 @@ from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec
 from tlauto.pace import Sizes
 from tlauto.plugins import registry
+from tlauto.results.finish import REFIT_PROBE_EPOCHS, refit_spec
 from tlauto.schedule import (
     KEEP_TOP,
     PROBE_EPOCHS,
     PROBE_PATIENCE,
-    REFIT_PROBE_EPOCHS,
     Plan,
     best_trial,
     counts,
     estimate,
     is_hopeless,
-    refit_spec,
     trial_seed,
 )
 from tlauto.searchspace import SearchSpace

@@ -17,6 +17,7 @@ from tlauto.contracts import (
 )
 from tlauto.errors import TrialError
 from tlauto.events import Emit, Said, TrialEnded, ignore
+from tlauto.joined import beside_of
 from tlauto.loop import Job, Loop
 from tlauto.outcomes import handle, stop_slow
 from tlauto.pool.protocol import BundleDone, JobFailed
@@ -97,7 +98,7 @@ def _propose(loop: Loop, slot: str) -> None:
         spec = next_spec(session, record, trials, left=left)
         for epoch, score in earlier_reports(spec, record, trials).items():
             session.study.report(record.number, epoch, score)
-        session.study.note(record.number, slot=slot, seed=spec.seed)
+        session.study.note(record.number, slot=slot, seed=spec.seed, **beside_of(record, spec))
     begin(loop, slot, spec, trials)
 
 
@@ -116,7 +117,12 @@ def _enqueue(
     mirrored = [] if probe or warm else plan.next_mirrored(trials, left)
     for again in mirrored:
         study.enqueue(without_fixed(again, plan.space), purpose="mirror")
-    if not (probe or warm or mirrored) and (paused := promotion(plan, trials, strategies, left=left)):
+    joined = [] if probe or warm or mirrored else plan.next_joined(trials)
+    for again in joined:
+        study.enqueue(without_fixed(again, plan.space), purpose="joined")
+    if not (probe or warm or mirrored or joined) and (
+        paused := promotion(plan, trials, strategies, left=left)
+    ):
         study.enqueue(paused.params, purpose="promoted", continues=paused.number)
 
 

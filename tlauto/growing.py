@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from tlauto import joined
 from tlauto.contracts import BackboneInfo
 from tlauto.pace import Begun
 from tlauto.plugins import Registry, registry
@@ -74,7 +75,8 @@ def find_change(
     change = Change(
         new=tuple((what, str(name)) for what in offered for name in now[what] if name not in before[what]),
         gone=tuple((what, str(name)) for what in offered for name in before[what] if name not in now[what]),
-        changed=tuple(name for name in known if name not in OFFERED),
+        # How many backbones a head may read follows from how many there are.
+        changed=tuple(name for name in known if name not in (*OFFERED, joined.NAME)),
     )
     if any(plugin.error for plugin in plugins.plugins):
         find: Mapping[str, Callable[[str], object]] = {

@@ -5,6 +5,7 @@ Standard library only at import; torch types appear in annotations alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -49,7 +50,13 @@ def width_of(shape: tuple[Level, ...], *, kind: str) -> int:
     return sum(level.width if kind == "grid" else level.channels for level in shape)
 
 
-def read_from(features: str | None, *, mirror: object = False) -> str:
-    """What to say after the name of a head that reads more than a backbone's end; else nothing."""
+def read_from(features: str | None, *, mirror: object = False, beside: Sequence[str] = ()) -> str:
+    """What to say after the name of a head that reads more than a backbone's end; else nothing.
+
+    Args:
+        beside: ids of further backbones that it reads.
+    """
     stages = {"levels": " on all stages", "grid": " on all stages, by quarters"}.get(features or "", "")
-    return f"{stages}, with mirror images" if mirror else stages
+    more = ["with mirror images"] if mirror else []
+    more += [f"with {' and '.join(beside)}"] if beside else []
+    return ", ".join([stages, *more])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tlauto.joined import backbones_of
 from tlauto.study import TrialRecord
 
 PROBE_STRATEGY = "feature_extraction"
@@ -160,10 +161,14 @@ def feature_seconds(backbone: str, trials: Sequence[TrialRecord], sizes: Sizes) 
 
 
 def _computed_features(trial: TrialRecord, trials: Sequence[TrialRecord]) -> bool:
-    """Whether a frozen trial is the first on its backbone; those after it find its features in the cache."""
-    alike = ("backbone", "strategy", "probe.mirror")
-    same = [t.number for t in trials if all(t.params.get(name) == trial.params.get(name) for name in alike)]
-    return trial.number == min(same, default=trial.number)
+    """Whether a frozen trial is the first on a backbone; those after it find its features in the cache."""
+
+    def read(one: TrialRecord) -> set[tuple[object, ...]]:
+        how = one.params.get("strategy"), one.params.get("probe.mirror")
+        return {(backbone, *how) for backbone in backbones_of(one)}
+
+    before = [read(t) for t in trials if t.number < trial.number]
+    return not read(trial) <= set[tuple[object, ...]]().union(*before)
 
 
 def _step_cost(trials: Sequence[TrialRecord], sizes: Sizes) -> float:
@@ -178,6 +183,6 @@ def _step_cost(trials: Sequence[TrialRecord], sizes: Sizes) -> float:
 
 
 def _test_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Sizes) -> float:
-    features = feature_seconds(str(trial.params.get("backbone")), trials, sizes)
+    features = sum(feature_seconds(each, trials, sizes) or 0.0 for each in backbones_of(trial))
     passes = 2 if trial.params.get("probe.mirror") else 1
-    return (features or 0.0) * sizes.test * passes
+    return features * sizes.test * passes

@@ -5,7 +5,9 @@ Plain data, so that the coordinator can sample it without torch; `training` cons
 
 from __future__ import annotations
 
-from tlauto.space import Choice, Float, Int, Space
+from collections.abc import Mapping
+
+from tlauto.space import Choice, Float, Int, Scalar, Space
 
 EVAL_BATCH = 64
 """Images that a network takes at once where it does not learn, unless memory was short."""
@@ -74,5 +76,30 @@ MIRROR_SPACE: Space = {"mirror": Choice((False, True), False)}
 helps where left and right mean the same and takes a second forward pass; cross-validation shows which.
 """
 
+MOST_JOINED = 3
+
+BESIDE = "probe.beside"
+"""Parameter that names the further backbones that a head reads, their ids with spaces between.
+
+It is never sampled: which ones are best follows from the probes when a trial is specified.
+"""
+
 PROBE_SPACE: Space = {"batch_size": Int(16, 256, default=64, log=True)}
 """Parameters `probe.*` of other trials on cached features."""
+
+
+def joined_space(backbones: int = MOST_JOINED) -> Space:
+    """Parameters `probe.*` of linear heads on cached features that are solved.
+
+    `joined` is how many backbones the head reads side by side: its own and the best others.
+
+    Args:
+        backbones: that are searched; 0 where nobody knows yet. With one there is nothing to join.
+    """
+    most = min(backbones or MOST_JOINED, MOST_JOINED)
+    return {"joined": Choice(tuple(range(1, most + 1)), 1)} if most > 1 else {}
+
+
+def beside(params: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """Ids of the further backbones that the head of a trial with these parameters reads."""
+    return tuple(str(params.get(BESIDE, "")).split())

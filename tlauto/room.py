@@ -29,6 +29,7 @@ ATTRIBUTE = "memory"
 
 _SHAPING = (
     "freeze.", "head.", "optim.name", "finetune.train_mode", "probe.solver", "probe.features", "probe.mirror",
+    "probe.joined", "probe.beside",
 )  # fmt: skip
 
 

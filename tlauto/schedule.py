@@ -13,6 +13,7 @@ from tlauto import metrics
 from tlauto.allocation import cost_of, pick_next
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
+from tlauto.joined import is_joined, joined_points, partners
 from tlauto.mirrored import mirror_points
 from tlauto.pace import (
     FEWEST_EPOCHS,
@@ -24,6 +25,7 @@ from tlauto.pace import (
     affordable_epochs,
     next_to_screen,
 )
+from tlauto.recipe import BESIDE
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
 from tlauto.study import TrialRecord
@@ -34,7 +36,6 @@ KEEP_TOP = 3
 
 PROBE_EPOCHS = 150
 PROBE_PATIENCE = 15
-REFIT_PROBE_EPOCHS = 30
 PROBE_HEAD = "linear"
 
 INIT_FILES = ("start.safetensors", "checkpoint.safetensors")
@@ -137,6 +138,11 @@ class Plan:
             self.space, trials, ranked, sizes=self.sizes, left=left, most_trials=most, since=self.begun.trials
         )
 
+    def next_joined(self, trials: Sequence[TrialRecord]) -> list[dict[str, Scalar]]:
+        """The best probe on several backbones at once: once, when every probe has ended."""
+        most, since = self.config.max_trials, self.begun.trials
+        return joined_points(self.space, trials, ranked_probes(trials), most_trials=most, since=since)
+
     def default_recipe(self) -> dict[str, Scalar]:
         """What one would do without a search: fine-tune the best-known backbone, on a CPU its last stages."""
         names = [strategy.name for strategy in self.space.strategies]
@@ -185,6 +191,8 @@ class Plan:
         backbone, strategy, head = (str(params.pop(name)) for name in ("backbone", "strategy", "head"))
         trains = trains_backbone(next(s for s in self.space.strategies if s.name == strategy))
         epochs, images = self._epochs(backbone, trials, left) or (FEWEST_EPOCHS, FEWEST_IMAGES)
+        if beside := partners(record, ranked_probes(trials)):
+            params[BESIDE] = " ".join(beside)
         return TrialSpec(
             number=record.number,
             dataset=self.dataset_file,
@@ -239,7 +247,7 @@ class Plan:
         """
         frozen = {s.name for s in self.space.strategies if not trains_backbone(s)}
         on_it = [t for t in trials if t.state == "complete" and t.params["backbone"] == backbone]
-        probes = [t for t in on_it if t.params["strategy"] in frozen]
+        probes = [t for t in on_it if t.params["strategy"] in frozen and not is_joined(t)]
         probes.sort(key=lambda t: (t.params["head"] == head, *rank(t)), reverse=True)
         files = [self.trial_folder(t.number) / name for t in probes for name in INIT_FILES]
         return next((str(file) for file in files if file.is_file()), None)
@@ -270,26 +278,6 @@ def ranked_probes(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 def probe_scores(trials: Sequence[TrialRecord]) -> dict[str, float]:
     """The score of each backbone's complete probe."""
     return {str(t.params["backbone"]): t.score for t in ranked_probes(trials) if t.score is not None}
-
-
-def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, growth: float) -> TrialSpec:
-    """A trial again on train and validation, for as long as it took to its best epoch, tested once.
-
-    The schedule is squeezed into that time. A frozen trial costs nothing, so it gets at least
-    `REFIT_PROBE_EPOCHS`: a 9-epoch refit of ten sign classes lost a point against a 30-epoch one.
-
-    Args:
-        growth: images of both parts over images of the training part. An epoch of a fixed number of
-            images sees a smaller share of the grown part, so there are more of them.
-    """
-    epochs = done.best_epoch if spec.epoch_images is None else round(done.best_epoch * growth)
-    if spec.epochs == PROBE_EPOCHS:
-        epochs = max(epochs, REFIT_PROBE_EPOCHS)
-    values: dict[str, Any] = {
-        "number": number, "epochs": max(1, epochs), "patience": 0, "fit_on": ("train", "val"),
-        "evaluate_on": "test", "folder": str(folder), "purpose": "refit", "resume_from": None,
-    }  # fmt: skip
-    return TrialSpec(**{**vars(spec), **values})
 
 
 def trial_seed(seed: int, number: int) -> int:
@@ -360,7 +348,8 @@ def is_hopeless(result: EpochResult, backbone: str, trials: Sequence[TrialRecord
 
 def _reference(backbone: str, trials: Sequence[TrialRecord]) -> Mapping[str, Any] | None:
     """What is recorded of the best cross-validated trial on a backbone."""
-    known = [t.attrs for t in trials if t.params.get("backbone") == backbone and "held_out" in t.attrs]
+    alone = [t for t in trials if t.params.get("backbone") == backbone and not is_joined(t)]
+    known = [t.attrs for t in alone if "held_out" in t.attrs]
     return max(known, key=lambda attrs: float(attrs["held_out"]), default=None)
 
 

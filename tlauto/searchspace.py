@@ -100,6 +100,7 @@ class SearchSpace:
             if values["probe.solver"] == "lbfgs":
                 take("probe", {**recipe.L2_SPACE, **recipe.FEATURES_SPACE})
             if values["probe.solver"] != "minibatch":
+                take("probe", recipe.joined_space(len(self.backbones)))
                 return values  # the optimum is computed: there is nothing to choose about training
         take(f"head.{head.name}", head.space)
         if not trains_backbone(strategy) and head.features(_own(values, f"head.{head.name}")) == "pooled":
@@ -124,6 +125,7 @@ class SearchSpace:
             spaces += _training_spaces(trains_backbone(strategy))
         if any(map(is_linear, self.heads)) and not all(map(trains_backbone, self.strategies)):
             spaces += [("probe", recipe.LINEAR_SPACE), ("probe", recipe.L2_SPACE)]
+            spaces += [("probe", recipe.joined_space(len(self.backbones)))]
         if not all(map(trains_backbone, self.strategies)):
             spaces += [("probe", recipe.FEATURES_SPACE), ("probe", recipe.MIRROR_SPACE)]
         for owner, space in spaces:

@@ -28,7 +28,7 @@ INTERRUPTED = "interrupted"
 OUT_OF_TIME = "out of time"
 """Error kind of a trial that still ran when the time was up; it does not count either."""
 
-ORIGIN = ("purpose", "from_study", "micro_batch")
+ORIGIN = ("purpose", "from_study", "micro_batch", "beside")
 """Attributes that say why and how a trial is run; one that is proposed again keeps them."""
 
 PROPOSED = "fixed_params"

@@ -83,7 +83,8 @@ def _moved(trial: FrozenTrial, parameters: Mapping[str, Parameter]) -> FrozenTri
     state = TrialState[trial.user_attrs.get(SHELVED, trial.state.name.lower()).upper()]
     score = attrs.get("score", trial.value)
     fitting = {key: value for key, value in point.items() if _fits(value, parameters.get(key))}
-    if state in (TrialState.COMPLETE, TrialState.PRUNED) and not fitting.keys() >= set(OFFERED):
+    is_offered = fitting.keys() >= set(OFFERED) and not _gone(trial, parameters)
+    if state in (TrialState.COMPLETE, TrialState.PRUNED) and not is_offered:
         attrs |= {SHELVED: state.name.lower(), "score": score}
         fitting, state = {}, TrialState.FAIL
     elif state == TrialState.COMPLETE:
@@ -95,9 +96,10 @@ def _moved(trial: FrozenTrial, parameters: Mapping[str, Parameter]) -> FrozenTri
 
 def _waiting(trial: FrozenTrial, parameters: Mapping[str, Parameter]) -> FrozenTrial:
     point: Mapping[str, Scalar] = trial.system_attrs.get(PROPOSED, {})
-    wrong = [key for key in OFFERED if key in point and not _fits(point[key], parameters[key])]
+    wrong = [(key, point[key]) for key in OFFERED if key in point and not _fits(point[key], parameters[key])]
+    wrong += [("backbone", id) for id in _gone(trial, parameters)]
     if wrong:
-        gone = f"the {wrong[0]} {point[wrong[0]]} is not searched any more"
+        gone = f"the {' '.join(map(str, wrong[0]))} is not searched any more"
         attrs = {**trial.user_attrs, "error_kind": INTERRUPTED, "error": gone}
         return _made(trial, TrialState.FAIL, None, params={}, parameters=parameters, attrs=attrs)
     known = {key: value for key, value in point.items() if key in parameters}
@@ -122,6 +124,12 @@ def _made(
         user_attrs=dict(attrs), intermediate_values=dict(trial.intermediate_values),
         system_attrs={**trial.system_attrs, **({} if fixed is None else {PROPOSED: dict(fixed)})},
     )  # fmt: skip
+
+
+def _gone(trial: FrozenTrial, parameters: Mapping[str, Parameter]) -> list[str]:
+    """Further backbones that a trial reads and that are not searched any more."""
+    beside = str(trial.user_attrs.get("beside", "")).split()
+    return [backbone for backbone in beside if not _fits(backbone, parameters["backbone"])]
 
 
 def _fits(value: Scalar, parameter: Parameter | None) -> bool:

@@ -169,13 +169,14 @@ def _dataset(path: str) -> Dataset:
 
 def _write_bundle(job: WriteBundle, device: str) -> BundleDone:
     from tlauto.results.bundle import save_bundle
-    from tlauto.training.model import restore
+    from tlauto.training.joined import restore_parts
 
     dataset = _dataset(job.spec.dataset)
     checkpoint = Path(job.spec.folder) / job.done.checkpoint
+    classifier, *others = restore_parts(job.spec, registry(), dataset, checkpoint, device)
     save_bundle(
         Path(job.folder),
-        classifier=restore(job.spec, registry(), dataset, checkpoint, device),
+        classifier=classifier,
         spec=job.spec,
         dataset=dataset,
         info=job.info,
@@ -185,6 +186,7 @@ def _write_bundle(job: WriteBundle, device: str) -> BundleDone:
         members=[(Path(folder), weight) for folder, weight in job.members],
         weight=job.weight,
         alone=job.alone,
+        parts=list(zip(others, job.beside, strict=True)),
     )
     return BundleDone(job.folder, job.spec.number)
 

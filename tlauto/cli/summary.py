@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tlauto.cli.progress import duration
 from tlauto.errors import StoreError
 from tlauto.levels import read_from
+from tlauto.recipe import beside
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +116,8 @@ def _print_table(console: Console, rows: Sequence[Row]) -> None:
         if row.state != "complete":
             score = f"{score} {row.state}".strip()
         took = "" if row.seconds is None else duration(row.seconds)
-        cells = (str(row.number), score, took, row.backbone, row.strategy, row.head)
+        backbones = " + ".join((row.backbone, *beside(row.params)))
+        cells = (str(row.number), score, took, backbones, row.strategy, row.head)
         # As Text, not as str: a name may hold brackets that rich would read as markup.
         table.add_row(*map(Text, cells), style="bold green" if row.is_best else None)
     console.print(table)
@@ -151,7 +153,8 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
         console.print("best      no trial has a score yet", markup=False)
         return
     console.print()
-    read = read_from(best.features, mirror=best.params.get("probe.mirror"))
+    others = beside(best.params)
+    read = read_from(best.features, mirror=best.params.get("probe.mirror"), beside=others)
     what = f"{best.backbone}, {best.strategy}, {best.head}{read}"
     console.print(f"best      trial {best.number}: {what}", markup=False)
     console.print(f"score     {best.score:.3f} on held-out images", markup=False)

@@ -66,6 +66,7 @@ class WriteBundle:
         members: folders of further bundles that answer with it, each with its weight.
         weight: its own.
         alone: its own metrics when there are members.
+        beside: the further backbones that the trial reads.
     """
 
     spec: TrialSpec
@@ -77,6 +78,7 @@ class WriteBundle:
     members: tuple[tuple[str, float], ...] = ()
     weight: float = 1.0
     alone: Mapping[str, Mapping[str, float]] | None = None
+    beside: tuple[BackboneInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def _restore(kind: Any, data: dict[str, Any]) -> Message:
         data["candidates"] = tuple(_candidate(entry) for entry in data["candidates"])
     if kind is WriteBundle:
         data["members"] = tuple((folder, weight) for folder, weight in data["members"])
+        data["beside"] = tuple(BackboneInfo(**info) for info in data["beside"])
     for name in ("patterns", "providers", "unmatched"):
         if name in data:
             data[name] = tuple(data[name])

@@ -6,6 +6,7 @@ bundle.predict(["photo.jpg"])[0].label
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from tlauto.contracts import BackboneInfo, TrialDone, TrialSpec
 from tlauto.data.dataset import Dataset
 from tlauto.errors import ConfigError, DataError
 from tlauto.plugins import Registry, loaded_libraries, registry
+from tlauto.recipe import BESIDE, beside
 from tlauto.results.card import write_card
 from tlauto.results.files import own_file, replaced_folder, sha256
 from tlauto.results.manifest import (
@@ -42,6 +44,7 @@ from tlauto.results.together import Answering, Together
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from tlauto.training.model import Classifier
     from tlauto.training.predictor import OnUnreadable, Predictor
@@ -50,6 +53,10 @@ WEIGHTS_FILE = "model.safetensors"
 FITTED_FILE = "fitted.txt"
 CARD_FILE = "README.md"
 MEMBERS = "members"
+JOINED = "joined"
+
+Part = tuple["Classifier", BackboneInfo]
+"""The classifier of a further backbone that a model reads, and what is known of that backbone."""
 
 
 class Bundle:
@@ -122,6 +129,7 @@ def save_bundle(
     members: Sequence[tuple[Path, float]] = (),
     weight: float = 1.0,
     alone: Metrics | None = None,
+    parts: Sequence[Part] = (),
 ) -> Manifest:
     """Write a trained model as a bundle, whole or not at all, over an older bundle if there is one.
 
@@ -131,34 +139,73 @@ def save_bundle(
             "significant"; or "default_is_winner".
         members: bundles that are copied into this one and answer with it, each with its weight.
         weight, alone: this model's own weight and metrics; all weights add up to 1.
+        parts: the classifiers of further backbones, whose raw outputs are added to this one's.
 
     Raises: ConfigError when the folder cannot be written or holds something else.
     """
     with replaced_folder(Path(folder)) as new:
-        save_tensors(classifier, new / WEIGHTS_FILE)
-        manifest = Manifest(
-            task=spec.task,
-            labels=dataset.classes,
-            backbone=info,
-            input=classifier.source.input,
-            features=classifier.kind if classifier.kind in ("levels", "grid") else None,
-            spec=portable(spec),
-            metrics=done.metrics,
-            evaluated_on=evaluated_on,
-            dataset=DatasetFacts.of(dataset, spec.fit_on),
-            sha256=sha256(new / WEIGHTS_FILE),
-            probe=_probe(classifier),
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            versions={"tlauto": version("tlauto"), **(done.versions or loaded_libraries())},
-            provenance=done.provenance,
+        manifest = dataclasses.replace(
+            _save_network(new, classifier, spec, dataset, info, done, evaluated_on),
             comparison=comparison,
             ensemble=_take_in(new, members, weight, alone or done.metrics) if members else None,
+            joined=_save_parts(new, parts, spec, dataset, done, evaluated_on),
         )
-        fitted = {f"{item.sha256}\n" for item in dataset.part(*spec.fit_on)}
-        (new / FITTED_FILE).write_text("".join(sorted(fitted)), encoding="utf-8")
-        (new / CARD_FILE).write_text(write_card(manifest, name=Path(folder).name), encoding="utf-8")
-        (new / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        others = [other for _, other in parts]
+        _save_texts(new, manifest, dataset, name=Path(folder).name, others=others)
     return manifest
+
+
+def _save_network(
+    folder: Path, classifier: Classifier, spec: TrialSpec, dataset: Dataset, info: BackboneInfo,
+    done: TrialDone, evaluated_on: str,
+) -> Manifest:  # fmt: skip
+    """Write the tensors of one network into `folder`; what is to be known of it."""
+    save_tensors(classifier, folder / WEIGHTS_FILE)
+    return Manifest(
+        task=spec.task,
+        labels=dataset.classes,
+        backbone=info,
+        input=classifier.source.input,
+        features=classifier.kind if classifier.kind in ("levels", "grid") else None,
+        spec=portable(spec),
+        metrics=done.metrics,
+        evaluated_on=evaluated_on,
+        dataset=DatasetFacts.of(dataset, spec.fit_on),
+        sha256=sha256(folder / WEIGHTS_FILE),
+        probe=_probe(classifier),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions={"tlauto": version("tlauto"), **(done.versions or loaded_libraries())},
+        provenance=done.provenance,
+    )
+
+
+def _save_parts(
+    folder: Path, parts: Sequence[Part], spec: TrialSpec, dataset: Dataset, done: TrialDone, evaluated_on: str
+) -> dict[str, str]:
+    """Write classifiers of further backbones as bundles inside `folder`; the hash of each one's tensors."""
+    hashes: dict[str, str] = {}
+    for number, (classifier, info) in enumerate(parts, start=1):
+        name = f"{JOINED}/{number}"
+        (folder / name).mkdir(parents=True)
+        params = {key: value for key, value in spec.params.items() if key not in ("probe.joined", BESIDE)}
+        own = dataclasses.replace(spec, backbone=info.id, params=params)
+        sources = {key: done.provenance[key] for key in ("strategy", "head") if key in done.provenance}
+        sources["backbone"] = done.provenance.get(f"backbone {number + 1}", "")
+        found = dataclasses.replace(done, metrics={}, provenance=sources)
+        part = _save_network(folder / name, classifier, own, dataset, info, found, evaluated_on)
+        _save_texts(folder / name, dataclasses.replace(part, is_part=True), dataset, name=name)
+        hashes[name] = part.sha256
+    return hashes
+
+
+def _save_texts(
+    folder: Path, manifest: Manifest, dataset: Dataset, *, name: str, others: Sequence[BackboneInfo] = ()
+) -> None:
+    """Write what stands beside the tensors: the images' hashes, the card and the manifest."""
+    fitted = {f"{item.sha256}\n" for item in dataset.part(*manifest.spec.fit_on)}
+    (folder / FITTED_FILE).write_text("".join(sorted(fitted)), encoding="utf-8")
+    (folder / CARD_FILE).write_text(write_card(manifest, name=name, others=others), encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _take_in(folder: Path, members: Sequence[tuple[Path, float]], weight: float, alone: Metrics) -> Ensemble:
@@ -200,8 +247,14 @@ def load_bundle(folder: str | Path, device: str = "cpu", *, plugins: Registry | 
     folder = Path(folder)
     require_bundle(folder)
     manifest = read_manifest(own_file(folder, MANIFEST_FILE))
+    if manifest.is_part:
+        whole = folder.resolve().parents[1]
+        raise DataError(
+            f"{folder} is one part of a model that reads several backbones and answers nothing by itself; "
+            f"use the bundle that it lies in, {whole}"
+        )
     plugins = plugins or registry()
-    predictor: Answering = _load_network(folder, manifest, device, plugins)
+    predictor: Answering = _load_predictor(folder, manifest, device, plugins)
     if manifest.ensemble is not None:
         predictors = [predictor, *_load_members(folder, manifest, device, plugins)]
         predictor = Together(predictors, [manifest.ensemble.weight, *manifest.ensemble.members.values()])
@@ -212,25 +265,48 @@ def _load_members(folder: Path, manifest: Manifest, device: str, plugins: Regist
     assert manifest.ensemble is not None
     predictors = []
     for name in manifest.ensemble.members:
-        place = own_file(folder, f"{name}/{MANIFEST_FILE}").parent
-        member = read_manifest(place / MANIFEST_FILE)
-        if (member.task, member.labels) != (manifest.task, manifest.labels) or member.ensemble is not None:
-            raise DataError(f"{place} does not belong to the model bundle {folder}; copy the bundle again")
-        predictors.append(_load_network(place, member, device, plugins))
+        place, member = _inner(folder, name, manifest)
+        if member.ensemble is not None or member.is_part:
+            raise _foreign(place, folder)
+        predictors.append(_load_predictor(place, member, device, plugins))
     return predictors
 
 
-def _load_network(folder: Path, manifest: Manifest, device: str, plugins: Registry) -> Predictor:
-    """What answers in one bundle, checked; members are not looked at."""
+def _load_predictor(folder: Path, manifest: Manifest, device: str, plugins: Registry) -> Predictor:
+    """What answers in one bundle, all its backbones together, checked; members are not looked at."""
+    where = find_device(device)
+    networks = [(_load_network(folder, manifest, where, plugins), manifest)]
+    for (name, digest), backbone in zip(manifest.joined.items(), beside(manifest.spec.params), strict=True):
+        place, part = _inner(folder, name, manifest)
+        if not part.is_part or (part.sha256, part.backbone.id) != (digest, backbone):
+            raise _foreign(place, folder)
+        networks.append((_load_network(place, part, where, plugins), part))
+    return make_predictor(networks, manifest, where)
+
+
+def _inner(folder: Path, name: str, manifest: Manifest) -> tuple[Path, Manifest]:
+    """A bundle inside a bundle, and its manifest; raises DataError when it does not belong there."""
+    place = own_file(folder, f"{name}/{MANIFEST_FILE}").parent
+    inner = read_manifest(place / MANIFEST_FILE)
+    if (inner.task, inner.labels) != (manifest.task, manifest.labels):
+        raise _foreign(place, folder)
+    return place, inner
+
+
+def _foreign(place: Path, folder: Path) -> DataError:
+    return DataError(f"{place} does not belong to the model bundle {folder}; copy the bundle again")
+
+
+def _load_network(folder: Path, manifest: Manifest, device: torch.device, plugins: Registry) -> Classifier:
+    """One network with its tensors, checked."""
     file = own_file(folder, WEIGHTS_FILE)
     if sha256(file) != manifest.sha256:
         raise DataError(
             f"{file} is damaged or was changed: its SHA-256 is not the one in {MANIFEST_FILE}; copy the "
             f"bundle again from where it was made"
         )
-    place = find_device(device)
     classifier = build_network(folder, file, manifest, plugins)
     load_tensors(classifier, file)
-    classifier.to(place).eval()
-    check_probe(folder, manifest.probe, probe(classifier, manifest.input, place))
-    return make_predictor(classifier, manifest, place)
+    classifier.to(device).eval()
+    check_probe(folder, manifest.probe, probe(classifier, manifest.input, device))
+    return classifier

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tlauto.contracts import BackboneInfo
 from tlauto.levels import read_from
+from tlauto.recipe import beside
 from tlauto.results.manifest import Manifest
 from tlauto.space import Scalar
 
@@ -20,18 +22,32 @@ PURPOSES = {"multiclass": "says which of its classes an image shows",
             "regression": "estimates a number from an image"}  # fmt: skip
 
 
-def write_card(manifest: Manifest, *, name: str) -> str:
-    """The card as Markdown; `name` is the bundle's folder name, used in the examples."""
-    sections = (
+PART = (
+    "This is one part of a model that reads several backbones at once. It answers nothing by itself: use the "
+    "bundle that it lies in, two folders up."
+)
+
+
+def write_card(manifest: Manifest, *, name: str, others: Sequence[BackboneInfo] = ()) -> str:
+    """The card as Markdown.
+
+    Args:
+        name: the bundle's folder name, used in the examples.
+        others: the further backbones that the model reads.
+    """
+    backbones = " and ".join(_plain(info.id) for info in (manifest.backbone, *others))
+    title, licence = f"# {backbones}, {manifest.task}", ("Licence", _licence(manifest, others))
+    sections = [
         ("", _summary(manifest)),
         ("How to use it", _usage(manifest, name)),
         ("How good it is", _quality(manifest)),
         ("What it was made from", _origin(manifest)),
         ("How it was trained", _training(manifest)),
         ("Limits", _limits(manifest)),
-        ("Licence", _licence(manifest)),
-    )
-    title = f"# {_plain(manifest.backbone.id)}, {manifest.task}"
+        licence,
+    ]
+    if manifest.is_part:
+        sections = [("", PART), licence]
     body = [f"## {heading}\n\n{text}" if heading else text for heading, text in sections]
     return "\n\n".join([title, *body]) + "\n"
 
@@ -107,7 +123,10 @@ def _training(manifest: Manifest) -> str:
     facts = [
         ("backbone", f"{_plain(manifest.backbone.id)} (pretraining: {pretraining})"),
         ("strategy", spec.strategy),
-        ("head", spec.head + read_from(manifest.features, mirror=manifest.mirror)),
+        (
+            "head",
+            spec.head + read_from(manifest.features, mirror=manifest.mirror, beside=beside(spec.params)),
+        ),
         ("images", f"{manifest.input.size} x {manifest.input.size} pixels"),
         ("seed", str(spec.seed)),
         *((name, _scalar(value)) for name, value in sorted(spec.params.items())),
@@ -116,7 +135,7 @@ def _training(manifest: Manifest) -> str:
         facts.insert(0, ("weight", _number(manifest.ensemble.weight)))
     sources = [(what, source) for what, source in sorted(manifest.provenance.items())]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
-    parts = [*_members(manifest), _table(("setting", "value"), facts)]
+    parts = [*_members(manifest), *_joined(manifest), _table(("setting", "value"), facts)]
     if sources:
         parts.append(_table(("part", "comes from"), sources))
     return "\n\n".join([*parts, f"Made with {versions}."] if versions else parts)
@@ -137,6 +156,18 @@ def _members(manifest: Manifest) -> list[str]:
     ]
 
 
+def _joined(manifest: Manifest) -> list[str]:
+    """What is read at once, where that is several backbones."""
+    if not manifest.joined:
+        return []
+    each = zip(manifest.joined, beside(manifest.spec.params), strict=True)
+    shown = ", ".join(f"`{name}` holds that of {_plain(id)}" for name, id in each)
+    return [
+        f"Its head reads {1 + len(manifest.joined)} backbones at once: the raw outputs of one part for each "
+        f"are added. Beside the part here, {shown}; these answer nothing by themselves."
+    ]
+
+
 def _limits(manifest: Manifest) -> str:
     limits = [
         "It knows only images like those it was made from; other cameras, places or subjects can fool it.",
@@ -154,15 +185,20 @@ def _limits(manifest: Manifest) -> str:
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _licence(manifest: Manifest) -> str:
+def _licence(manifest: Manifest, others: Sequence[BackboneInfo]) -> str:
     if not manifest.spec.weights.pretrained:
         return "No pretrained weights were used. The images' licence applies to what was learned from them."
-    licence = _plain(manifest.backbone.licence)
-    stated = "not known" if licence == "unknown" else licence
+    stated = _stated(manifest.backbone)
+    stated += "".join(f"; of those of {_plain(other.id)}: {_stated(other)}" for other in others)
     return (
         f"Licence of the pretrained weights: {stated}. The licences of the pretraining data and of your "
         f"images are for you to check before you publish the model."
     )
+
+
+def _stated(info: BackboneInfo) -> str:
+    licence = _plain(info.licence)
+    return "not known" if licence == "unknown" else licence
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlauto.joined import backbones_of
 from tlauto.schedule import rank
 from tlauto.study import TrialRecord
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 CANDIDATES = 10
-PER_BACKBONE = 2  # candidates: two heads on one backbone mostly make the same mistakes
+PER_BACKBONE = 2  # candidates: two heads on the same backbones mostly make the same mistakes
 ROUNDS = 12
 WORTH = 0.02
 """Least share of the loss that an ensemble must save: a second model costs its running time for ever."""
@@ -51,11 +52,11 @@ class Library:
 
 
 def candidates(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Complete trials that may join, best first, few of each backbone."""
+    """Complete trials that may join, best first, few on the same backbones."""
     taken: list[TrialRecord] = []
     complete = [trial for trial in trials if trial.state == "complete" and trial.score is not None]
     for trial in sorted(complete, key=rank, reverse=True):
-        same = sum(other.params["backbone"] == trial.params["backbone"] for other in taken)
+        same = sum(set(backbones_of(other)) == set(backbones_of(trial)) for other in taken)
         if same < PER_BACKBONE and len(taken) < CANDIDATES:
             taken.append(trial)
     return taken

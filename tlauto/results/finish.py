@@ -19,14 +19,17 @@ from tlauto.pace import MEMBER_SHARE, PROBE_STRATEGY, refit_seconds
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Message, Note, RunTrial, WriteBundle
 from tlauto.prepare import Session
+from tlauto.recipe import BESIDE, beside
 from tlauto.results import ensemble
-from tlauto.schedule import best_trial, refit_spec
+from tlauto.schedule import PROBE_EPOCHS, best_trial
 from tlauto.study import TrialRecord
 
 Metrics = Mapping[str, Mapping[str, float]]
 
 WINNER, DEFAULT, MEMBER = -1, -2, -3
 """Numbers of the refits, which are no trials of the study; further members count down from `MEMBER`."""
+
+REFIT_PROBE_EPOCHS = 30
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ def finish(session: Session, *, emit: Emit, interrupted: threading.Event) -> Non
 
 def bundle_job(session: Session, spec: TrialSpec, done: TrialDone) -> WriteBundle:
     """The order to write a trial as the study's model so far."""
-    folder = session.plan.folder / "model"
-    return WriteBundle(spec, done, session.infos[spec.backbone], str(folder), spec.evaluate_on)
+    folder, infos = session.plan.folder / "model", session.infos
+    others = tuple(infos[other] for other in beside(spec.params))
+    return WriteBundle(spec, done, infos[spec.backbone], str(folder), spec.evaluate_on, beside=others)
 
 
 def _refits(session: Session, best: TrialRecord) -> tuple[list[_Refit], _Refit | None]:
@@ -132,6 +136,26 @@ def _refit(session: Session, trial: TrialRecord, number: int, weight: float = 0.
     return _Refit(trial, refit_spec(spec, done, number=number, folder=folder, growth=both / train), weight)
 
 
+def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, growth: float) -> TrialSpec:
+    """A trial again on train and validation, for as long as it took to its best epoch, tested once.
+
+    The schedule is squeezed into that time. A frozen trial costs nothing, so it gets at least
+    `REFIT_PROBE_EPOCHS`: a 9-epoch refit of ten sign classes lost a point against a 30-epoch one.
+
+    Args:
+        growth: images of both parts over images of the training part. An epoch of a fixed number of
+            images sees a smaller share of the grown part, so there are more of them.
+    """
+    epochs = done.best_epoch if spec.epoch_images is None else round(done.best_epoch * growth)
+    if spec.epochs == PROBE_EPOCHS:
+        epochs = max(epochs, REFIT_PROBE_EPOCHS)
+    values: dict[str, Any] = {
+        "number": number, "epochs": max(1, epochs), "patience": 0, "fit_on": ("train", "val"),
+        "evaluate_on": "test", "folder": str(folder), "purpose": "refit", "resume_from": None,
+    }  # fmt: skip
+    return TrialSpec(**{**vars(spec), **values})
+
+
 def _what(members: Sequence[_Refit]) -> str:
     if len(members) == 1:
         return "refitting the winner on train and validation, then testing it once"
@@ -159,7 +183,8 @@ def _default_trial(session: Session) -> TrialRecord | None:
             continue
         spec = spec_from_json(row["spec"])
         chosen = {"backbone": spec.backbone, "strategy": spec.strategy, "head": spec.head}
-        if {**spec.params, **chosen} == wanted:
+        known = {name: value for name, value in spec.params.items() if name != BESIDE}
+        if {**known, **chosen} == wanted:
             return trial
     return None
 

@@ -14,10 +14,12 @@ from typing import Any, Literal
 from tlauto.contracts import BackboneInfo, ImageInput, TrialSpec, WeightsOptions, spec_from_json, to_json
 from tlauto.data.dataset import Dataset
 from tlauto.errors import ConfigError, DataError
+from tlauto.recipe import beside
 
 FORMAT = "tlauto model bundle"
-FORMAT_VERSION = 4
-"""2: `ensemble`, 3: `features`, 4: `mirror`; only where they are, so that older versions read the rest."""
+FORMAT_VERSION = 5
+"""2: `ensemble`, 3: `features`, 4: `mirror`, 5: `joined`; only where they are, so that older versions read
+the rest."""
 
 MANIFEST_FILE = "tlauto.json"
 TASKS = ("multiclass", "multilabel", "regression")
@@ -76,6 +78,9 @@ class Manifest:
         ensemble: further bundles that answer with it; `metrics` are then those of all together.
         features: what of the backbone the head gets instead of pooled features: those of all stages, by
             their means (`levels`) or those of each quarter of the image (`grid`).
+        joined: bundles inside the bundle, such as `joined/1`, whose raw outputs are added to its own before
+            they become answers, each with the SHA-256 of its tensors: the head reads several backbones.
+        is_part: it is such a bundle itself, and answers nothing alone.
         versions: distribution to version; provenance: what came from which plugin.
         sha256: of the tensors' file.
         probe: the network's outputs for a fixed image, compared when it is built again.
@@ -98,6 +103,8 @@ class Manifest:
     comparison: Mapping[str, Any] | None = None
     ensemble: Ensemble | None = None
     features: Literal["levels", "grid"] | None = None
+    joined: Mapping[str, str] = field(default_factory=dict)
+    is_part: bool = False
 
     @property
     def mirror(self) -> bool:
@@ -107,6 +114,7 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as indented JSON; `read_manifest` reads it."""
         version = 4 if self.mirror else 3 if self.features else 2 if self.ensemble else 1
+        version = 5 if self.joined or self.is_part else version
         head = {"format": FORMAT, "format_version": version}
         data = {**head, **dataclasses.asdict(self), "spec": json.loads(to_json(portable(self.spec)))}
         return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -181,6 +189,8 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         comparison=_mapping(data, "comparison") if data.get("comparison") is not None else None,
         ensemble=_ensemble(_mapping(data, "ensemble")) if data.get("ensemble") is not None else None,
         features=_features(data.get("features")),
+        joined=_joined(data),
+        is_part=data.get("is_part") is True,
     )
 
 
@@ -192,6 +202,14 @@ def _features(value: object) -> Literal["levels", "grid"] | None:
     if value is not None:
         raise ValueError(f"'features' is {value!r}")
     return None
+
+
+def _joined(data: Mapping[str, Any]) -> dict[str, str]:
+    found = _texts(data, "joined") if data.get("joined") is not None else {}
+    for name in found:
+        if not re.fullmatch(r"joined/[0-9]{1,3}", name):
+            raise ValueError(f"'joined' names the folder {name!r}")
+    return found
 
 
 def _ensemble(data: Mapping[str, Any]) -> Ensemble:
@@ -235,6 +253,10 @@ def _check(manifest: Manifest) -> None:
         said, used = getattr(manifest, name), getattr(manifest.spec, name)
         if (said.id if isinstance(said, BackboneInfo) else said) != used:
             raise ValueError(f"'{name}' and 'spec.{name}' differ")
+    if len(manifest.joined) != len(beside(manifest.spec.params)):
+        raise ValueError("'joined' and 'spec.params' do not name as many further backbones")
+    if manifest.is_part and (manifest.joined or manifest.ensemble):
+        raise ValueError("a part of a model has 'joined' or 'ensemble'")
 
 
 def _mapping(data: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -92,12 +92,15 @@ def _offered(what: str, name: str, find: Callable[[str], Found], folder: Path, m
         ) from None
 
 
-def make_predictor(classifier: Classifier, manifest: Manifest, device: torch.device) -> Predictor:
-    """What answers for image files with this network."""
+def make_predictor(
+    networks: Iterable[tuple[Classifier, Manifest]], manifest: Manifest, device: torch.device
+) -> Predictor:
+    """What answers for image files with these networks, whose raw outputs are added."""
     from tlauto.builtin.tasks import task
     from tlauto.training.predictor import Predictor
 
-    return Predictor(classifier, manifest.input, task(manifest.task), manifest.labels, device)
+    first, *others = [(classifier, own.input) for classifier, own in networks]
+    return Predictor(*first, task(manifest.task), manifest.labels, device, beside=others)
 
 
 def probe(classifier: Classifier, image_input: ImageInput, device: torch.device) -> list[float]:

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from tlauto import recipe
 from tlauto.contracts import TrialSpec
 from tlauto.errors import TrialError
-from tlauto.training.model import Classifier, Kind, Readout
+from tlauto.training.model import Kind, Readout
 
 FILE = "checkpoint.safetensors"
 START = "start.safetensors"
@@ -30,23 +31,23 @@ def save_checkpoint(folder: Path, state: State, spec: TrialSpec, kind: str, *, f
     path, temporary = folder / file, folder / f".{file}.part"
     # Cloned, because safetensors refuses tensors that share memory (tied weights).
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, temporary, {"backbone": spec.backbone, "head": spec.head, "features": kind})
+    save_file(tensors, temporary, {"backbone": _backbones(spec), "head": spec.head, "features": kind})
     os.replace(temporary, path)
     return path
 
 
-def load_checkpoint(classifier: Classifier, path: Path, spec: TrialSpec) -> None:
-    """Put a checkpoint's tensors into a classifier; raises TrialError when they do not fit."""
+def load_checkpoint(model: Readout, path: Path, spec: TrialSpec) -> None:
+    """Put a checkpoint's tensors into a classifier or a readout; raises TrialError when they do not fit."""
     state, about = _read(path)
     _check_backbone(path, about, spec)
-    mine = classifier.state_dict()
+    mine = model.state_dict()
     needed = {name for name in mine if not name.startswith("backbone.")}
     wrong = sorted(needed - set(state)) + [
         name for name, tensor in state.items() if name not in mine or mine[name].shape != tensor.shape
     ]
     if wrong:
         raise TrialError(f"the checkpoint {path} is of another model: look at '{wrong[0]}'")
-    classifier.load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=False)
 
 
 def kind_of(path: Path) -> Kind:
@@ -106,5 +107,10 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _check_backbone(path: Path, about: Mapping[str, str], spec: TrialSpec) -> None:
-    if about.get("backbone") != spec.backbone:
-        raise TrialError(f"the checkpoint {path} is of {about.get('backbone')}, not of {spec.backbone}")
+    if about.get("backbone") != _backbones(spec):
+        raise TrialError(f"the checkpoint {path} is of {about.get('backbone')}, not of {_backbones(spec)}")
+
+
+def _backbones(spec: TrialSpec) -> str:
+    """All that a trial reads: a head on several is of no use to a trial on one of them."""
+    return " ".join((spec.backbone, *recipe.beside(spec.params)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tlauto import metrics
+from tlauto import metrics, recipe
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
 from tlauto.data import Dataset
 from tlauto.plugins import Registry, loaded_libraries
@@ -103,9 +103,11 @@ def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, st
 
 
 def _provenance(spec: TrialSpec, registry: Registry) -> dict[str, str]:
-    provider = spec.backbone.partition(":")[0]
+    backbones = (spec.backbone, *recipe.beside(spec.params))
+    first, *others = [registry.source("backbone_providers", id.partition(":")[0]) for id in backbones]
     return {
-        "backbone": registry.source("backbone_providers", provider),
+        "backbone": first,
+        **{f"backbone {place}": source for place, source in enumerate(others, start=2)},
         "strategy": registry.source("freeze_strategies", spec.strategy),
         "head": registry.source("task_heads", spec.head),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,23 +45,26 @@ class Standardise(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, channels: int, bound: float = BOUND) -> None:
+    def __init__(self, channels: int, bound: float = BOUND, *, widths: Sequence[int] = ()) -> None:
+        """Args: widths: channels of each backbone, where there are several side by side."""
         super().__init__()
         self.bound = bound
+        self.widths = list(widths) or [channels]
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
     def measure(self, features: torch.Tensor) -> None:
         """Take mean and deviation from features (N, C) or (N, C, H, W).
 
-        No channel is enlarged beyond the average one. A channel that hardly moves here explodes once
-        the backbone learns: fine-tuning from a probe of ten digits fell from 0.93 to 0.70 with plain
-        standardisation, while frozen probes gain a little by the bound (`bench/feature_scaling.py`).
+        No channel is enlarged beyond the average one of its backbone. A channel that hardly moves here
+        explodes once the backbone learns: fine-tuning from a probe of ten digits fell from 0.93 to 0.70
+        with plain standardisation, while frozen probes gain a little by the bound
+        (`bench/feature_scaling.py`).
         """
         axes = [0, *range(2, features.ndim)]
         std, mean = torch.std_mean(features.double(), dim=axes, correction=0)
         self.mean.copy_(mean)
-        least = self.bound * std.mean()
+        least = torch.cat([self.bound * own.mean().expand_as(own) for own in torch.split(std, self.widths)])
         self.std.copy_(torch.where(least > 0, torch.maximum(std, least), 1.0))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -97,12 +100,15 @@ class Readout(nn.Module):
 
     Args:
         head: from (N, C), or (N, C, H, W) when `kind` is unpooled, to (N, num_outputs).
+        widths: channels of each backbone, where it reads several side by side.
     """
 
-    def __init__(self, head: nn.Module, kind: Kind, channels: int, num_outputs: int) -> None:
+    def __init__(
+        self, head: nn.Module, kind: Kind, channels: int, num_outputs: int, *, widths: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.kind: Kind = kind
-        self.norm = Standardise(channels, GRID_BOUND if kind == GRID else BOUND)
+        self.norm = Standardise(channels, GRID_BOUND if kind == GRID else BOUND, widths=widths)
         self.head = head
         self.output = Rescale(num_outputs)
 
@@ -184,17 +190,23 @@ class Widths:
 
 
 def build_readout(
-    widths: Widths, head: TaskHead, params: Mapping[str, Scalar], num_outputs: int, kind: Kind | None = None
-) -> Readout:
+    widths: Widths, head: TaskHead, params: Mapping[str, Scalar], num_outputs: int,
+    kind: Kind | None = None, *, beside: Sequence[Widths] = (),
+) -> Readout:  # fmt: skip
     """A new readout with the head that these parameters describe.
 
     Args:
         kind: what a head that reads pooled features gets instead; by default just these.
+        beside: of further backbones, whose columns follow; for a head that does not read maps.
     """
     kind = kind or head.features(params)
     shape = widths.shape_of(kind)
     channels = shape.unpooled[0] if kind == "unpooled" else shape.pooled
-    return Readout(head.build(shape, num_outputs, params), kind, channels, num_outputs)
+    if not beside:
+        return Readout(head.build(shape, num_outputs, params), kind, channels, num_outputs)
+    each = [channels, *(other.shape_of(kind).pooled for other in beside)]
+    shape = FeatureShape(sum(each), shape.unpooled)
+    return Readout(head.build(shape, num_outputs, params), kind, shape.pooled, num_outputs, widths=each)
 
 
 def assemble(

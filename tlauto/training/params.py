@@ -27,6 +27,7 @@ class Settings:
         l2: the penalty of `lbfgs`.
         features: of the backbone that a head gets instead of pooled ones; a `recipe.FEATURES`.
         mirror: whether they are the mean of those of an image and of its mirror image.
+        beside: ids of further backbones, whose features a solved head reads beside them.
     """
 
     freeze: Mapping[str, Scalar]
@@ -43,6 +44,7 @@ class Settings:
     l2: float = 0.0
     features: str = "pooled"
     mirror: bool = False
+    beside: tuple[str, ...] = ()
 
 
 class Params:
@@ -124,12 +126,22 @@ def _solved(params: Params, solver: str, strategy: FreezeStrategy, head: TaskHea
         loss=params.take("loss", task.space),
         optimizer="lbfgs", optim={}, warmup=0.0, batch_size=1, backbone_lr=0.0, train_mode=False,
         augment="none", solver=solver, l2=_number(probe.get("l2", 0.0)),
-        features=str(probe.get("features", "pooled")), mirror=_mirror(params),
+        features=str(probe.get("features", "pooled")), mirror=_mirror(params), beside=_beside(params),
     )  # fmt: skip
 
 
 def _mirror(params: Params) -> bool:
     return bool(params.take("probe", recipe.MIRROR_SPACE)["mirror"])
+
+
+def _beside(params: Params) -> tuple[str, ...]:
+    most = int(_number(params.take("probe", recipe.joined_space())["joined"]))
+    params.known.add(recipe.BESIDE)
+    found = recipe.beside(params.values)
+    if len(found) >= most:
+        names = ", ".join(found)
+        raise ConfigError(f"'{recipe.BESIDE}' names {names} besides, though 'probe.joined' is {most}")
+    return found
 
 
 def _number(value: Scalar) -> float:

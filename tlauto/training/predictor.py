@@ -1,4 +1,4 @@
-"""Predict image files with a trained classifier, through the code that training decoded them with."""
+"""Predict image files with trained classifiers, through the code that training decoded them with."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ OnUnreadable = Callable[[str, str], None]
 class Predictor:
     """A classifier with all it needs to answer for files.
 
+    Args:
+        beside: further classifiers, each with its input, whose raw outputs are added to the first one's:
+            the parts of a head that reads several backbones.
+
     Attributes:
         classes: names of the classes, in the order of the predictions' columns.
     """
@@ -37,9 +41,10 @@ class Predictor:
         task: Task,
         classes: Sequence[str],
         device: str | torch.device = "cpu",
+        *,
+        beside: Sequence[tuple[Classifier, ImageInput]] = (),
     ) -> None:
-        self.classifier = classifier.to(device).eval()
-        self.input = image_input
+        self.parts = [(each.to(device).eval(), look) for each, look in ((classifier, image_input), *beside)]
         self.task = task
         self.classes = tuple(classes)
         self.device = torch.device(device)
@@ -69,27 +74,29 @@ class Predictor:
         remaining = iter(paths)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             while batch := list(islice(remaining, BATCH)):
-                crops: dict[int, np.ndarray] = {}
-                for place, crop in enumerate(threads.map(self._crop, batch)):
-                    if not isinstance(crop, DataError):
-                        crops[place] = crop
+                crops: dict[int, list[np.ndarray]] = {}
+                for place, found in enumerate(threads.map(self._crops, batch)):
+                    if not isinstance(found, DataError):
+                        crops[place] = found
                     elif on_unreadable is None:
-                        raise crop
+                        raise found
                     else:
-                        on_unreadable(batch[place], str(crop))
+                        on_unreadable(batch[place], str(found))
                 if crops:
-                    answers = self._predict(np.stack(list(crops.values())))
+                    answers = self._predict(list(crops.values()))
                     yield from zip((batch[place] for place in crops), answers, strict=True)
 
-    def _predict(self, crops: np.ndarray) -> np.ndarray:
-        """Predictions of centre crops (N, size, size, 3)."""
-        images = torch.from_numpy(crops).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            logits = self.classifier(normalise(images, self.input, self.device))
-        return self.task.predict(logits.float().cpu().numpy())
+    def _predict(self, crops: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """Predictions of N images, each as the centre crops (size, size, 3) that the classifiers want."""
+        outputs = []
+        for (classifier, look), each in zip(self.parts, zip(*crops, strict=True), strict=True):
+            images = torch.from_numpy(np.stack(each)).permute(0, 3, 1, 2)
+            with torch.inference_mode():
+                outputs.append(classifier(normalise(images, look, self.device)).float().cpu().numpy())
+        return self.task.predict(sum(outputs[1:], start=outputs[0]))
 
-    def _crop(self, path: str) -> np.ndarray | DataError:
+    def _crops(self, path: str) -> list[np.ndarray] | DataError:
         try:
-            return centre_crop(decode(Path(path), self.input), self.input)
+            return [centre_crop(decode(Path(path), look), look) for _, look in self.parts]
         except DataError as error:
             return error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from tlauto.training.batches import to_device
-from tlauto.training.stored import Stored
+from tlauto.training.stored import Features
 
 IN_MEMORY = 2**27
 """Bytes of scaled features that are kept as a whole in main memory: a fraction of what Python and
@@ -33,7 +33,7 @@ class Rows:
     """
 
     def __init__(
-        self, features: Stored, norm: Norm, device: torch.device, *, limit: int | None = None
+        self, features: Features, norm: Norm, device: torch.device, *, limit: int | None = None
     ) -> None:
         if limit is None:
             limit = IN_MEMORY if device.type == "cpu" else ON_DEVICE
@@ -49,7 +49,7 @@ class Rows:
         return None if self.whole is None else self.whole.nbytes
 
     @property
-    def features(self) -> Stored:
+    def features(self) -> Features:
         """Where they are read from, when they are not in memory."""
         assert self._features is not None
         return self._features

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
 from torch.nn import functional
 
-from tlauto.errors import TrialError
 from tlauto.training.axes import principal_axes
+from tlauto.training.joined import only_linear
 from tlauto.training.kept import kept
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
 from tlauto.training.model import GRID, LEVELS, Kind, Readout
 from tlauto.training.rows import BLOCK
-from tlauto.training.stored import Stored
+from tlauto.training.stored import Features
 from tlauto.training.threads import threads_for
 from tlauto.training.trial import Fitted, Trial
 
@@ -30,7 +29,8 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
     """The optimal linear head of a trial.
 
     With the solver `path` cross-validation over the training rows chooses the L2 penalty, and whether
-    the head reads the pooled features alone or those of all stages.
+    the head reads the pooled features alone or those of all stages. The quarters of the image are four
+    times as many columns, which a head on several backbones does without.
 
     Returns: the fitted head, with what cross-validation answered for the training rows, and the mean
     training loss. Raises: TrialError when the head is not one linear layer after all.
@@ -41,7 +41,7 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
     folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed).to(trial.device)
     if len(torch.unique(folds)) < 2:
         return _Solving(trial, trial.kind).fitted(ALONE)
-    further: tuple[Kind, ...] = (LEVELS, GRID) if trial.source.facts.widths.levels else ()
+    further: tuple[Kind, ...] = () if not trial.has_levels else (LEVELS,) if trial.beside else (LEVELS, GRID)
     pooled = best = _Solving(trial, trial.kind)
     of_pooled = of_best = cross_validate(best.problem, folds)
     for kind in further:  # one after the other: features of all kinds at once would take more memory
@@ -49,7 +49,8 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
         found = cross_validate(one.problem, folds)
         if found.loss < of_best.loss:
             best, of_best = one, found
-    start = pooled.state(of_pooled) if best is not pooled and trial.selects else None
+    is_wanted = best is not pooled and trial.selects and not trial.beside
+    start = pooled.state(of_pooled) if is_wanted else None
     return best.fitted(of_best.penalty, of_best, start)
 
 
@@ -61,8 +62,8 @@ class _Solving:
     kind: Kind
 
     @cached_property
-    def train(self) -> Stored:
-        return self.trial.source.features(self.trial.spec.fit_on, self.kind)
+    def train(self) -> Features:
+        return self.trial.features(self.trial.spec.fit_on, self.kind)
 
     @cached_property
     def readout(self) -> Readout:
@@ -94,7 +95,7 @@ class _Solving:
 
     def solve(self, penalty: float, found: CrossValidated | None = None) -> torch.Tensor:
         """The optimal head (D + 1, K), put into the readout too."""
-        linear = _only_linear(self.readout.head)
+        linear = only_linear(self.readout.head)
         everything = torch.arange(len(self.train), device=self.trial.device)
         head: torch.Tensor
         start = None if found is None else found.heads.mean(dim=0, keepdim=True)
@@ -112,7 +113,7 @@ class _Solving:
     ) -> tuple[Fitted, float]:
         """The head for a penalty, evaluated, and its mean training loss."""
         trial, head = self.trial, self.solve(penalty, found)
-        features = trial.source.features([trial.spec.evaluate_on], self.kind)
+        features = trial.features([trial.spec.evaluate_on], self.kind)
         valid = trial.rows(self.readout, features, of=self.train)
         with torch.no_grad(), threads_for(self.train.shape[0] * self.train.shape[1] * trial.num_outputs):
             batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
@@ -122,13 +123,3 @@ class _Solving:
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
         found_here = trial.evaluate(logits, 1)
         return Fitted(1, found_here, state, self.kind, 1, head.numel(), False, held_out, start), train_loss
-
-
-def _only_linear(head: nn.Module) -> nn.Linear:
-    layers = [module for module in head.modules() if next(module.parameters(recurse=False), None) is not None]
-    if len(layers) != 1 or not isinstance(layers[0], nn.Linear) or layers[0].bias is None:
-        raise TrialError(
-            "the head says that it is linear, but it is not one nn.Linear with a bias; its plugin must "
-            "leave out `is_linear`"
-        )
-    return layers[0]

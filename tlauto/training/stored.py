@@ -69,3 +69,49 @@ class Stored:
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.float()
         return narrowed(rows, self.means_of, to="levels") if self.means_of else rows
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The features (N, C) of several backbones for the same images, column after column; read like `Stored`.
+
+    Attributes:
+        columns: of each backbone, in parts of equal lengths.
+    """
+
+    columns: tuple[Stored, ...]
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C), as read."""
+        return (len(self), self.row_numbers)
+
+    @property
+    def row_numbers(self) -> int:
+        """Numbers of one row, as read."""
+        return sum(each.row_numbers for each in self.columns)
+
+    @property
+    def key(self) -> Hashable:
+        """What these numbers follow from, as for `Stored`."""
+        keys = tuple(each.key for each in self.columns)
+        return None if None in keys else keys
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """The features (B, C) of these rows (B,)."""
+        return torch.cat([each.take(rows) for each in self.columns], dim=1)
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows in order, up to `size` at a time, as slices with their features."""
+        for blocks in zip(*(each.blocks(size) for each in self.columns), strict=True):
+            yield blocks[0][0], torch.cat([block for _, block in blocks], dim=1)
+
+    def tensor(self) -> torch.Tensor:
+        """All of them, in memory."""
+        return torch.cat([each.tensor() for each in self.columns], dim=1)
+
+
+Features = Stored | SideBySide

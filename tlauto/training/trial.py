@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from tlauto.training.kept import kept
 from tlauto.training.model import GRID, LEVELS, Kind, Readout, build_readout
 from tlauto.training.params import Settings, read
 from tlauto.training.rows import Rows
-from tlauto.training.stored import Stored
+from tlauto.training.stored import Features, SideBySide
 from tlauto.training.tasks import find_task
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,6 +34,7 @@ class Trial:
         train_targets, valid_targets: of `spec.fit_on` and `spec.evaluate_on`, as the task encodes
             them.
         loss: the task's mean loss of (logits, targets).
+        beside: further backbones whose features the head reads beside those of `source`.
     """
 
     spec: TrialSpec
@@ -46,6 +47,7 @@ class Trial:
     train_targets: np.ndarray
     valid_targets: np.ndarray
     loss: Loss
+    beside: tuple[FeatureSource, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -57,14 +59,25 @@ class Trial:
         """What of the backbone the head reads, as the parameters say and the backbone can offer."""
         own = self.head.features(self.settings.head)
         wanted = {"levels": LEVELS, "grid": GRID}.get(self.settings.features)
-        return wanted if wanted and own == "pooled" and self.source.facts.widths.levels else own
+        return wanted if wanted and own == "pooled" and self.has_levels else own
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether every backbone that the head reads offers the features of all its stages."""
+        return all(source.facts.widths.levels for source in (self.source, *self.beside))
+
+    def features(self, splits: Sequence[str], kind: Kind) -> Features:
+        """What the head reads of the images of these splits, split after split."""
+        own = self.source.features(splits, kind)
+        others = tuple(source.features(splits, kind) for source in self.beside)
+        return SideBySide((own, *others)) if others else own
 
     def readout(self, kind: Kind) -> Readout:
         """A new readout with the trial's head on these features."""
-        widths = self.source.facts.widths
-        return build_readout(widths, self.head, self.settings.head, self.num_outputs, kind)
+        widths, *others = [source.facts.widths for source in (self.source, *self.beside)]
+        return build_readout(widths, self.head, self.settings.head, self.num_outputs, kind, beside=others)
 
-    def initialise(self, readout: Readout, train: Stored) -> None:
+    def initialise(self, readout: Readout, train: Features) -> None:
         """Measure the scaling of features and targets, or take it over from another trial."""
         if self.task.name == "regression":
             readout.output.measure(torch.from_numpy(self.train_targets))
@@ -79,7 +92,7 @@ class Trial:
         key = train.key and ("norm", train.key)
         readout.norm.load_state_dict(kept(key, measured, lambda state: sum(t.nbytes for t in state.values())))
 
-    def rows(self, readout: Readout, features: Stored, *, of: Stored) -> Rows:
+    def rows(self, readout: Readout, features: Features, *, of: Features) -> Rows:
         """Features scaled for a readout on the trial's device.
 
         Args:
@@ -194,6 +207,10 @@ def prepare(spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch
         raise TrialError(f"the head '{head.name}' cannot do {task.name} (it does {', '.join(head.tasks)})")
     settings = read(spec, strategy, head, task)
     num_outputs = task.num_outputs(dataset.classes)
+    source, *others = [
+        FeatureSource(replace(spec, backbone=backbone), registry, dataset, device, mirror=settings.mirror)
+        for backbone in (spec.backbone, *settings.beside)
+    ]
     train_targets = _targets(task, dataset, spec.fit_on)
     return Trial(
         spec=spec,
@@ -201,7 +218,8 @@ def prepare(spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch
         strategy=strategy,
         head=head,
         settings=settings,
-        source=FeatureSource(spec, registry, dataset, device, mirror=settings.mirror),
+        source=source,
+        beside=tuple(others),
         num_outputs=num_outputs,
         train_targets=train_targets,
         valid_targets=_targets(task, dataset, (spec.evaluate_on,)),
