@@ -299,6 +299,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..
     return folder
 
 
+@pytest.mark.slow
 def test_probes_join_whoever_is_probed_and_the_winner_reads_both(searched: Path) -> None:
     rows = {row["number"]: row for row in leaderboard(searched)}
     beside = [rows[number]["params"].get("probe.beside") for number in range(6)]
@@ -311,6 +312,7 @@ def test_probes_join_whoever_is_probed_and_the_winner_reads_both(searched: Path)
     assert f"{best['backbone']} + {other}" in run("leaderboard", cwd=searched, env=wide).stdout
 
 
+@pytest.mark.slow
 def test_the_model_answers_as_its_refit_did_and_is_evaluated(searched: Path) -> None:
     study = searched / "tlauto-runs" / "patches"
     saved = np.load(study / "refit" / "winner" / "predictions.npz")
@@ -323,6 +325,7 @@ def test_the_model_answers_as_its_refit_did_and_is_evaluated(searched: Path) -> 
     assert told.returncode == 0 and '"accuracy"' in told.stdout, told.stderr
 
 
+@pytest.mark.slow
 def test_a_rerun_gives_the_same_score(searched: Path) -> None:
     rows = [row for row in leaderboard(searched) if row["params"].get("probe.beside")]
     told = run("rerun", "patches", str(rows[0]["number"]), "--json", "--devices", "cpu", cwd=searched)
