@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -238,6 +238,9 @@ class ReplayPool:
         events = list(self._events)
         self._events.clear()
         return events
+
+    def warm_up(self, slots: Sequence[str]) -> None:
+        """Nothing to start."""
 
     def kill(self, slot: str) -> str:
         """Forget the running trial."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +101,9 @@ class SimulatedPool:
             self._busy += due.at - due.sent
             events.append(Event(due.slot, due.message))
         return events
+
+    def warm_up(self, slots: Sequence[str]) -> None:
+        """Nothing to start."""
 
     def kill(self, slot: str) -> None:
         """Forget what a slot does."""

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter, deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,9 @@ class LightPool:
     def wait(self, timeout_s: float) -> list[Event]:
         """What was said first and not yet heard."""
         return [self._said.popleft()] if self._said else []
+
+    def warm_up(self, slots: Sequence[str]) -> None:
+        """Nothing to start."""
 
     def kill(self, slot: str) -> str:
         """Forget what a slot does."""

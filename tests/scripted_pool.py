@@ -95,6 +95,9 @@ class ScriptedPool:
             case WriteBundle():
                 self._said.append(Event(slot, BundleDone(message.folder, message.spec.number)))
 
+    def warm_up(self, slots: Sequence[str]) -> None:
+        """Nothing to start."""
+
     def wait(self, timeout_s: float) -> list[Event]:
         """Let the first job end."""
         started = len(self.trials)

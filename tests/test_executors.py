@@ -14,6 +14,7 @@ from tests_support import refused, trial_spec
 from tlauto.builtin.executors import InProcess, Local
 from tlauto.config import SearchConfig, parse_options
 from tlauto.errors import ConfigError
+from tlauto.executing import expected
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Message, RunTrial
 from tlauto.results.finish import _run
@@ -36,6 +37,14 @@ class TestInProcess(ExecutorSuite):
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(threads)
+
+
+def test_workers_start_ahead_on_slots_that_are_sure_to_get_a_trial() -> None:
+    packed = ("cuda:0/0", "cuda:1/0", "cuda:0/1", "cuda:1/1")
+    assert expected(SearchConfig(data="x", time_s=60), packed) == packed
+    assert expected(SearchConfig(data="x", trials=3), packed) == packed[:3]
+    # Whether trials fit beside others is not known yet.
+    assert expected(SearchConfig(data="x", per_device="auto"), packed) == packed[:2]
 
 
 @pytest.mark.parametrize(

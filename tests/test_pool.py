@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests_support import TINY, environment, install_troubles, spec_of
 
+from tlauto.candidates import _checked
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, WeightsOptions
 from tlauto.data import load_dataset
 from tlauto.devices import make_slots
@@ -100,6 +101,13 @@ def ending(
                     return event
 
 
+def first(pool: LocalPool) -> Event:
+    """What is told first."""
+    while not (events := pool.wait(1.0)):
+        pass
+    return events[0]
+
+
 def test_a_stopped_worker_is_silent_and_is_replaced(
     pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec]
 ) -> None:
@@ -118,6 +126,52 @@ def test_a_stopped_worker_is_silent_and_is_replaced(
     limits.silence_s = 600
     workers.send(SLOT, RunTrial(trial()))
     assert isinstance(ending(workers).message, TrialDone)
+
+
+def test_workers_that_are_started_ahead_import_what_trials_need_and_take_them(
+    pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec]
+) -> None:
+    workers = pool(patient())
+    workers.warm_up([SLOT])
+    ready = first(workers).message
+    assert isinstance(ready, Ready)
+    assert ready.pid == workers.pid(SLOT)
+    if sys.platform == "linux":
+        assert "libtorch" in Path(f"/proc/{ready.pid}/maps").read_text(encoding="utf-8")
+    workers.warm_up([SLOT])  # it is up: nothing happens
+    workers.send(SLOT, RunTrial(trial()))
+    assert isinstance(ending(workers).message, TrialDone)
+    assert workers.pid(SLOT) == ready.pid
+
+
+def test_a_worker_that_died_before_its_first_job_is_replaced_by_that(
+    pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec]
+) -> None:
+    workers = pool(patient())
+    workers.warm_up([SLOT])
+    pid = workers.pid(SLOT)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert first(workers) == Event(SLOT, None, -signal.SIGKILL)
+    workers.send(SLOT, RunTrial(trial()))
+    assert isinstance(ending(workers).message, TrialDone)
+
+
+def test_backbones_are_checked_though_another_worker_dies(tmp_path: Path) -> None:
+    slots = make_slots("cpu", 2)
+    workers = LocalPool(slots, logs=tmp_path / "logs", env=environment(tmp_path), limits=patient())
+    said: list[object] = []
+    try:
+        workers.warm_up([slot.name for slot in slots])
+        other = workers.pid("cpu:1")
+        assert other is not None
+        os.kill(other, signal.SIGKILL)
+        job = Preflight((TINY[1],), WeightsOptions(pretrained=False, offline=True), 4)
+        found = _checked(workers, job, said.append)
+    finally:
+        workers.close(grace_s=0)
+    assert [candidate.info.id for candidate in found.candidates] == [TINY[1]]
+    assert said == []
 
 
 def test_a_worker_that_lives_but_does_no_work_is_killed(

@@ -87,8 +87,9 @@ def _checked(pool: Pool, job: Preflight, emit: Emit) -> PreflightDone:
     while True:
         while not pool.slots:  # on a cluster they come and go
             pool.wait(1.0)
-        pool.send(pool.slots[0], job)
-        said = _answer(pool, emit)
+        slot = pool.slots[0]
+        pool.send(slot, job)
+        said = _answer(pool, slot, emit)
         if isinstance(said, PreflightDone):
             return said
         why = f"{said.ending} while it checked the backbones: {_last_line(said.log_tail)}"
@@ -98,8 +99,8 @@ def _checked(pool: Pool, job: Preflight, emit: Emit) -> PreflightDone:
         can_retry = False
 
 
-def _answer(pool: Pool, emit: Emit) -> PreflightDone | Event:
-    """What comes of a job: its result, or the end of its worker."""
+def _answer(pool: Pool, slot: str, emit: Emit) -> PreflightDone | Event:
+    """What comes of a slot's job: its result, or the end of its worker."""
     deadline = time.monotonic() + PREFLIGHT_TIMEOUT_S
     while time.monotonic() < deadline:
         for event in pool.wait(1.0):
@@ -110,7 +111,7 @@ def _answer(pool: Pool, emit: Emit) -> PreflightDone | Event:
                     emit(Said(text))
                 case JobFailed(message, detail):
                     raise TlautoError(f"{message}{_hint(detail)}")
-                case None:
+                case None if event.slot == slot:
                     return event
     raise TlautoError(f"checking the backbones took more than {PREFLIGHT_TIMEOUT_S:.0f} s; try fewer")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tlauto.config import SearchConfig
+from tlauto.devices import AUTO, device_of
 from tlauto.errors import ConfigError, UnknownNameError, did_you_mean
 from tlauto.executors import Executor, Wanted
 from tlauto.plugins import registry
@@ -42,6 +44,19 @@ def choose_executor(config: SearchConfig, *, out: Path, cache: Path) -> tuple[Ex
     )
     executor.check(wanted)
     return executor, wanted
+
+
+def expected(config: SearchConfig, slots: Sequence[str]) -> Sequence[str]:
+    """The slots that a search will need for certain, as far as is known before it begins.
+
+    Not those beside others on a GPU before anything is known of what fits, and no more than trials.
+    """
+    if config.per_device == AUTO:
+        firsts: dict[str, str] = {}
+        for slot in slots:
+            firsts.setdefault(device_of(slot), slot)
+        slots = tuple(firsts.values())
+    return slots[: config.max_trials]
 
 
 def _find(config: SearchConfig) -> Executor:

@@ -24,7 +24,7 @@ from tlauto.database import make_safe
 from tlauto.devices import cache_folder
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
 from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
-from tlauto.executing import choose_executor
+from tlauto.executing import choose_executor, expected
 from tlauto.growing import Change, begun, choices_before, decided, find_change, open_version
 from tlauto.history import read_past
 from tlauto.memory import memory_floor
@@ -82,6 +82,7 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         check_name(store.url, versioned(name, stored["version"] if stored else 1), create=not stored)
         pool = executor.open(dataclasses.replace(wanted, folder=out / name))
         undo.callback(pool.close)
+        pool.warm_up(expected(config, pool.slots))  # while the first of them checks the backbones
         infos = find_candidates(pool, config, stored["plan"] if stored else None, emit)
         before = choices_before(store.url, name, stored) if stored else {}
         plan = Plan(

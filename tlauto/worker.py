@@ -213,6 +213,8 @@ def main() -> None:
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     threading.Thread(target=_beat, args=(send,), daemon=True).start()  # importing torch takes a while
     _use_threads()
+    if jobs.empty():
+        _import_ahead()
     serve(jobs.get, send, device)
     # Libraries may have left threads behind; nothing is unsaved here.
     out.close()
@@ -232,6 +234,12 @@ def _beat(send: Send) -> None:
         while True:
             time.sleep(beat_every())
             send(Beat(pulse.reading()))
+
+
+def _import_ahead() -> None:
+    """Import what trials need while there is no job: a worker may be started before its first one."""
+    with contextlib.suppress(Exception):  # the first trial will meet it again, and tell
+        import tlauto.training.fit  # noqa: F401
 
 
 def _use_threads() -> None:

@@ -60,6 +60,13 @@ class Pool(Protocol):
         """What torch calls the device of every slot: `cpu`, `cuda` or `mps`."""
         ...
 
+    def warm_up(self, slots: Sequence[str]) -> None:
+        """Start the workers of these slots that have none, so that they are up when their first job comes.
+
+        A pool may leave it to `send`. One that ends before it had a job is told of like any other.
+        """
+        ...
+
     def send(self, slot: str, message: Message) -> None:
         """Give a worker a job or an answer; starts or replaces the worker when there is none."""
         ...

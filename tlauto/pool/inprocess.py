@@ -39,6 +39,9 @@ class InProcessPool:
         """What torch calls its device."""
         return self._slot.device
 
+    def warm_up(self, slots: Sequence[str]) -> None:
+        """Leave it to the first job: this process is up."""
+
     def send(self, slot: str, message: Message) -> None:
         """Queue a job or an answer."""
         if self._thread is None:

@@ -121,7 +121,7 @@ class _Worker:
 
 
 class LocalPool:
-    """Starts a worker process on a slot's first job and replaces it after it died.
+    """Starts a worker process on a slot's first job, or before it, and replaces it after it died.
 
     One thread a worker reads its pipe into a queue, so that waiting needs no polling and works on
     every platform.
@@ -165,6 +165,12 @@ class LocalPool:
     def device(self) -> str:
         """What torch calls the device of the slots, which are of one kind."""
         return next(iter(self._slots.values())).device
+
+    def warm_up(self, slots: Sequence[str]) -> None:
+        """Start the workers of these slots that have none; importing PyTorch takes them seconds."""
+        for slot in slots:
+            if slot not in self._workers:
+                self._start(slot)
 
     def send(self, slot: str, message: Message) -> None:
         """Write a line to the slot's worker, starting one when there is none."""

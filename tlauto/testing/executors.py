@@ -152,6 +152,11 @@ class ExecutorSuite:
         assert "optim.nonsense" in failed.message
         assert isinstance(driver.run(_spec(folder, 4), go_on=False).message, TrialDone)
 
+    def test_workers_may_be_started_before_their_first_job(self, driver: Driver, folder: Path) -> None:
+        driver.pool.warm_up(driver.pool.slots)
+        driver.pool.warm_up(driver.pool.slots)
+        assert isinstance(driver.run(_spec(folder, 11), go_on=False).message, TrialDone)
+
     def test_waiting_ends_when_nothing_happens(self, driver: Driver) -> None:
         assert driver.pool.wait(0.0) == []
 
