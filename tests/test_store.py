@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests_support import trial_spec
 
-from tlauto.contracts import EpochResult, TrialDone
+from tlauto.contracts import EpochResult, TrialDone, spec_from_json
 from tlauto.errors import StoreError
 from tlauto.migrations import MIGRATIONS
 from tlauto.store import Store, storage_url
@@ -41,6 +41,16 @@ def test_what_is_written_is_read_back(store: Store) -> None:
     assert store.search("s")["plan"] == {"metric": "x"}  # type: ignore[index]
     store.add_model("s", trial=0, folder="m", evaluated_on="test", metrics={"a": 1}, comparison=None)
     assert store.model("s")["metrics"] == {"a": 1}  # type: ignore[index]
+
+
+def test_a_trial_that_nobody_knows_of_begins_anew(store: Store) -> None:
+    store.start_trial("s", trial_spec(0), "cpu:0")
+    store.start_trial("s", trial_spec(1), "cpu:0")
+    store.start_trial("s", replace(trial_spec(1), seed=7), "cpu:1")
+    rows = store.trials("s")
+    assert [(n, row["slot"], spec_from_json(row["spec"]).seed) for n, row in rows.items()] == [
+        (0, "cpu:0", trial_spec(0).seed), (1, "cpu:1", 7)
+    ]  # fmt: skip
 
 
 def test_an_epoch_and_the_result_are_recorded_together_or_not_at_all(store: Store) -> None:

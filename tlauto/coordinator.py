@@ -20,6 +20,7 @@ from tlauto.events import Emit, Said, TrialEnded, ignore
 from tlauto.joined import beside_of
 from tlauto.loop import Job, Loop
 from tlauto.outcomes import handle, stop_slow
+from tlauto.pool.base import Event
 from tlauto.pool.protocol import BundleDone, JobFailed
 from tlauto.prepare import Session, open_session, without_fixed
 from tlauto.results.finish import bundle_job, finish
@@ -60,20 +61,43 @@ def run(config: SearchConfig, *, emit: Emit = ignore, session: Session | None = 
 
 
 def _search(loop: Loop) -> None:
+    session = loop.session
+    events: list[Event] = []
     while not loop.interrupted.is_set() and not loop.hopeless:
-        _fill(loop)
-        if not loop.busy and loop.session.pool.slots:
+        with _one_round(loop):
+            for event in events:
+                handle(loop, event)
+            stop_slow(loop)
+            _stop_late(loop)
+            if not loop.interrupted.is_set() and not loop.hopeless:
+                _fill(loop)
+        if not loop.busy and session.pool.slots:
             break
-        for event in loop.session.pool.wait(0.25):
-            handle(loop, event)
-        stop_slow(loop)
-        _stop_late(loop)
         _save_time(loop, every_s=5.0)
+        events = session.pool.wait(0.25)
     _cut_off(loop)
     if loop.hopeless:
         _leave_best(loop)
         _save_time(loop)
         raise TrialError(loop.hopeless)
+
+
+@contextmanager
+def _one_round(loop: Loop) -> Iterator[None]:
+    """Write what happens within the block in one transaction at its end, and only then show it.
+
+    Workers have their next trials by then, and are at work while it is written. Of a search that is killed
+    before it is, results are in the store, and a trial that nobody knows of begins anew.
+    """
+    show, said = loop.emit, list[object]()
+    loop.emit = said.append
+    try:
+        with loop.session.study.together():
+            yield
+    finally:
+        loop.emit = show
+    for event in said:
+        show(event)
 
 
 def _fill(loop: Loop) -> None:

@@ -215,10 +215,14 @@ class Store:
     # --- trials -----------------------------------------------------------------------------------
 
     def start_trial(self, study: str, spec: TrialSpec, slot: str) -> None:
-        """Record what is about to run and where."""
+        """Record what is about to run and where.
+
+        In place of a trial of that number that the study does not know: a search that was killed while it
+        began one proposes it anew.
+        """
         row = {"spec": to_json(spec), "slot": slot, "started_at": time.time()}
         with self._writing() as connection:
-            # A trial that was re-queued keeps its number only when it had none: numbers are unique.
+            connection.execute(_trials.delete().where(_here(study, spec.number)))
             connection.execute(_trials.insert().values(study=study, number=spec.number, **row))
 
     def restate_trial(self, study: str, spec: TrialSpec) -> None:
@@ -325,7 +329,11 @@ def _plain(text: str) -> str:
 
 def _changed(study: str, number: int) -> sa.Update:
     """The start of a change of a trial."""
-    return _trials.update().where((_trials.c.study == study) & (_trials.c.number == number))
+    return _trials.update().where(_here(study, number))
+
+
+def _here(study: str, number: int) -> sa.ColumnElement[bool]:
+    return (_trials.c.study == study) & (_trials.c.number == number)
 
 
 def _epoch_row(study: str, result: EpochResult) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -56,7 +57,13 @@ def total_bytes(device: str) -> int | None:
     """Bytes of memory of a device, or that the processes of this search may have on a CPU."""
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return capacity_bytes() if device == "cpu" else None
+    return _capacity() if device == "cpu" else None
+
+
+@cache
+def _capacity() -> int | None:
+    """Asked once: nobody changes a machine's memory between two trials, and they are short."""
+    return capacity_bytes()
 
 
 def try_step(
