@@ -17,7 +17,7 @@ from tests_support import TINY, environment, install_troubles, spec_of
 from tlauto.candidates import _checked
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, WeightsOptions
 from tlauto.data import load_dataset
-from tlauto.devices import make_slots
+from tlauto.devices import Slot, make_slots
 from tlauto.errors import ConfigError
 from tlauto.memory import capacity_bytes, held_bytes
 from tlauto.pool.base import Event
@@ -155,6 +155,24 @@ def test_a_worker_that_died_before_its_first_job_is_replaced_by_that(
     assert first(workers) == Event(SLOT, None, -signal.SIGKILL)
     workers.send(SLOT, RunTrial(trial()))
     assert isinstance(ending(workers).message, TrialDone)
+
+
+def test_a_worker_of_another_version_is_killed_and_told(tmp_path: Path) -> None:
+    said = json.dumps({"type": "Used", "bytes": 1, "total": 2, "unheard_of": 3})
+
+    def launch(slot: Slot, log: Path) -> subprocess.Popen[str]:
+        program = f"import time; print({said!r}, flush=True); time.sleep(600)"
+        command = [sys.executable, "-c", program]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    workers = LocalPool(make_slots("cpu", 1), logs=tmp_path / "logs", launch=launch)
+    workers.warm_up([SLOT])
+    pid = workers.pid(SLOT)
+    event = first(workers)
+    assert (event.message, event.exitcode) == (None, -signal.SIGKILL)
+    assert "what this tlauto does not understand" in event.ending
+    assert workers.pid(SLOT) is None
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_backbones_are_checked_though_another_worker_dies(tmp_path: Path) -> None:

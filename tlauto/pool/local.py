@@ -234,11 +234,19 @@ class LocalPool:
 
     def _read(self, slot: str, worker: _Worker) -> None:
         assert worker.process.stdout is not None
+        hung = ""
         for line in worker.process.stdout:
-            with contextlib.suppress(ValueError):  # the last line of a process that was killed
+            try:
                 self._events.put((worker.generation, Event(slot, decode(line))))
+            except (ValueError, TypeError):
+                if line.endswith("\n"):  # else the last words of a process that was killed
+                    hung = (
+                        "says what this tlauto does not understand (was it updated meanwhile?) and was killed"
+                    )
+                    worker.process.kill()
+                    break
         code = worker.process.wait()
-        self._events.put((worker.generation, Event(slot, None, code, _tail(worker))))
+        self._events.put((worker.generation, Event(slot, None, code, _tail(worker), hung)))
 
     def _said(self, timeout_s: float) -> list[Event]:
         """What workers said, signs of life apart; waits for the first word at most so long."""
