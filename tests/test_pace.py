@@ -10,6 +10,8 @@ from tlauto.pace import (
     FEWEST_IMAGES,
     FIRST_PROBES,
     HEAD_SHARE,
+    MARGIN,
+    PLAIN_COST,
     SCREEN_SHARE,
     STEP_COST,
     TRIAL_SHARE,
@@ -17,6 +19,7 @@ from tlauto.pace import (
     Begun,
     Sizes,
     affordable_epochs,
+    feature_seconds,
     held_back,
     next_to_screen,
     refit_seconds,
@@ -26,8 +29,10 @@ from tlauto.study import TrialRecord
 SIZES = Sizes(800, 200, 500)
 
 
-def frozen(number: int, backbone: str = "a", seconds: float = 10.0, purpose: str = "probe") -> TrialRecord:
-    return record(number, backbone, "feature_extraction", purpose, seconds=seconds, epochs=1)
+def frozen(
+    number: int, backbone: str = "a", seconds: float = 10.0, purpose: str = "probe", **attrs: Any
+) -> TrialRecord:
+    return record(number, backbone, "feature_extraction", purpose, seconds=seconds, epochs=1, **attrs)
 
 
 def trained(number: int, backbone: str = "a", purpose: str = "search", **attrs: Any) -> TrialRecord:
@@ -44,8 +49,9 @@ def record(number: int, backbone: str, strategy: str, purpose: str, **attrs: Any
 
 
 def test_a_refit_repeats_the_epochs_up_to_the_best_on_more_images() -> None:
-    # 10 s an epoch, 4 of them on 1,000 instead of 800 images, and one more for the test part.
-    assert refit_seconds(trained(1), [], SIZES) == pytest.approx(10 * (4 * 1.25 + 1))
+    # 10 s an epoch, 4 of them on 1,000 instead of 800 images; features of 500 more would take 5 s.
+    trials = [frozen(0), trained(1)]
+    assert refit_seconds(trials[1], trials, SIZES) == pytest.approx(10 * 4 * 1.25 + PLAIN_COST * 5)
 
 
 def test_a_frozen_refit_needs_the_features_of_the_test_part() -> None:
@@ -61,14 +67,29 @@ def test_the_refit_of_a_probe_does_not_compute_its_features_again() -> None:
     assert refit_seconds(trials[2], trials, SIZES) == pytest.approx(8.0 + 10)
 
 
+def test_what_was_measured_of_features_counts_and_not_what_came_before_them() -> None:
+    probe = frozen(0, seconds=20.0, feature_seconds=0.004)
+    assert feature_seconds("a", [probe], SIZES) == 0.004
+    assert feature_seconds("b", [probe], SIZES) == 0.004
+    again = frozen(1, seconds=0.5, purpose="search")
+    assert refit_seconds(again, [probe, again], SIZES) == pytest.approx(0.5 + 500 * 0.004)
+
+
 def test_time_is_held_back_for_the_winner_the_default_and_a_new_worker() -> None:
     trials = [frozen(0), trained(1, purpose="default"), trained(2)]
-    one = held_back(trials, SIZES, best=1, members=1)
-    two = held_back(trials, SIZES, best=2, members=1)
-    assert one == pytest.approx(1.2 * 60 + WORKER_START_S)
-    assert two == pytest.approx(1.2 * 120 + WORKER_START_S)
-    assert held_back(trials, SIZES, best=2, members=4) > two
-    assert held_back([], SIZES, best=None, members=4) == 0
+    one = held_back(trials, SIZES, best=1, members=1, limit=300)
+    two = held_back(trials, SIZES, best=2, members=1, limit=300)
+    assert one == pytest.approx(MARGIN * 60 + WORKER_START_S)
+    assert two == pytest.approx(MARGIN * 120 + WORKER_START_S)
+    assert held_back([], SIZES, best=None, members=4, limit=300) == 0
+
+
+def test_time_is_held_back_for_the_backbones_of_what_may_answer_together() -> None:
+    trials = [frozen(0), frozen(1, "b", 20.0), frozen(2, "c", 16.0), frozen(3, "d", 200.0)]
+    alone = held_back(trials, SIZES, best=0, members=1, limit=300)
+    # Test features of b take 10 s, of c 8 s; those of d too long for what is no winner.
+    assert held_back(trials, SIZES, best=0, members=2, limit=300) == pytest.approx(alone + MARGIN * 10)
+    assert held_back(trials, SIZES, best=0, members=4, limit=300) == pytest.approx(alone + MARGIN * 18)
 
 
 # --- screening --------------------------------------------------------------------------------------

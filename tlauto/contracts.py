@@ -38,8 +38,7 @@ class BackboneInfo:
         pretraining: the data and recipe of its weights, e.g. `in1k`.
         licence: SPDX name of the weights' licence, or "unknown".
         accuracy: prior, ImageNet-1k top-1 in [0, 1]; None when unknown.
-        cost: prior, seconds of a training step relative to EfficientNet-Lite0 = 1.
-        is_default: the provider's own first choice.
+        cost: prior, seconds of a training step by EfficientNet-Lite0's; is_default: its provider's choice.
     """
 
     id: str
@@ -348,12 +347,12 @@ class TrialDone:
     """A trial that ended by itself or was pruned.
 
     Attributes:
-        score: of the best epoch, higher is better.
-        metrics: all of the best epoch on `evaluate_on`: name to {"value", "low", "high"} (95 %).
-        checkpoint: file name in the trial's folder.
+        score: of the best epoch, higher is better; metrics: all of it, on `evaluate_on`: name to
+            {"value", "low", "high"} (95 %).
         is_pruned: stopped by the coordinator; trainable: parameters that learned, head included.
-        features: what of the backbone the head reads; see `tlauto.training.model.Kind`.
+        checkpoint: file name in the trial's folder; features: what its head reads (`training.model.Kind`).
         held_out: cross-validated score over `fit_on` and `evaluate_on` together; None without one.
+        feature_seconds: to decode an image and compute its features; None if it computed none, or few.
         versions: distribution name to version; provenance: what came from which plugin.
     """
 
@@ -369,6 +368,7 @@ class TrialDone:
     trainable: int = 0
     held_out: float | None = None
     features: str = "pooled"
+    feature_seconds: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 
@@ -385,7 +385,7 @@ class TrialFailed:
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON for one of the dataclasses of this module."""
+    """One line of JSON for a dataclass of this module."""
     return json.dumps(dataclasses.asdict(value), allow_nan=True)
 
 

@@ -104,5 +104,6 @@ class Loop:
         session, trials = self.session, self.session.study.trials()
         best = best_trial(trials)
         number = best.number if best else None
-        end = held_back(trials, session.plan.sizes, best=number, members=session.config.ensemble)
+        members = session.config.ensemble
+        end = held_back(trials, session.plan.sizes, best=number, members=members, limit=limit)
         return limit - self.spent() - end

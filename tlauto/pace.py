@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,13 @@ WORKER_START_S = 12.0
 HEAD_SHARE = 0.2
 """Part of the seconds of a backbone's first frozen trial that its head took; the features took the rest."""
 
+PLAIN_COST = 2.0
+"""Seconds of a trained network for an image over those of the same backbone's features, which the fastest
+engine computes."""
+
+MARGIN = 1.2
+"""What is held back for the end over what it should take."""
+
 MEMBER_SHARE = 0.05
 """Part of the whole time that the refit of one further member of an ensemble may take."""
 
@@ -54,33 +61,45 @@ class Begun:
     added: tuple[str, ...] = ()
 
 
-def held_back(trials: Sequence[TrialRecord], sizes: Sizes, *, best: int | None, members: int) -> float:
+def held_back(
+    trials: Sequence[TrialRecord], sizes: Sizes, *, best: int | None, members: int, limit: float
+) -> float:
     """Seconds that the end of the search will need: refits, their test, the bundle.
 
     Args:
         best: number of the best trial so far.
         members: most models that may answer together.
+        limit: seconds of the whole search.
     """
     refitted = [t for t in trials if t.number == best or t.attrs.get("purpose") == "default"]
+    if not refitted:
+        return 0.0
     refits = sum(refit_seconds(t, trials, sizes) for t in refitted if t.score is not None)
-    # Test features of further members' backbones, at most.
-    others = (members - 1) * max((_test_seconds(t, trials, sizes) for t in trials), default=0.0)
-    return 1.2 * refits + min(others, 0.5 * refits + 10) + WORKER_START_S if refitted else 0.0
+    # Test features of further members' backbones, at most: dear ones are no members.
+    read = {backbone for t in refitted for backbone in backbones_of(t)}
+    others = {
+        backbone: _test_seconds([backbone], trials, sizes)
+        for t in trials if t.score is not None for backbone in backbones_of(t) if backbone not in read
+    }  # fmt: skip
+    dearest = sorted((s for s in others.values() if s <= MEMBER_SHARE * limit), reverse=True)
+    return MARGIN * (refits + sum(dearest[: members - 1])) + WORKER_START_S
 
 
 def refit_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Sizes) -> float:
     """Seconds that the refit of a trial and its test will take.
 
     A trial that trained the backbone repeats its epochs on more images and runs once over the test
-    part, which is reckoned as one more epoch. A frozen one only needs the features of the test part.
+    part. A frozen one only needs the features of the test part, and its head.
     """
     seconds, epochs = float(trial.attrs.get("seconds", 0.0)), int(trial.attrs.get("epochs", 1))
+    passes = 2 if trial.params.get("probe.mirror") else 1
+    test = passes * _test_seconds(backbones_of(trial), trials, sizes)
     if trial.params.get("strategy") == PROBE_STRATEGY:
         head = seconds * HEAD_SHARE if _computed_features(trial, trials) else seconds
-        return min(head, 10.0) + _test_seconds(trial, trials, sizes)
+        return min(head, 10.0) + test
     best = int(trial.attrs.get("best_epoch", epochs))
     learned = sizes.train + sizes.val
-    return seconds / max(1, epochs) * (best * learned / sizes.train + 1)
+    return seconds / max(1, epochs) * best * learned / sizes.train + PLAIN_COST * test
 
 
 def seconds_a_trial(trials: Sequence[TrialRecord], slots: int) -> float | None:
@@ -150,14 +169,19 @@ def _is_probe(trial: TrialRecord) -> bool:
 
 
 def feature_seconds(backbone: str, trials: Sequence[TrialRecord], sizes: Sizes) -> float | None:
-    """Seconds to compute one image's features: of the first frozen trial, which did; else the median."""
+    """Seconds to compute one image's features: of the first frozen trial, which did; else the median.
+
+    As it measured, where there were enough images for that; else all its seconds by its images.
+    """
     firsts: dict[str, float] = {}
     for trial in trials:
         if trial.params.get("strategy") == PROBE_STRATEGY and "seconds" in trial.attrs:
-            firsts.setdefault(str(trial.params.get("backbone")), float(trial.attrs["seconds"]))
+            whole = float(trial.attrs["seconds"]) / (sizes.train + sizes.val)
+            each = float(trial.attrs.get("feature_seconds", whole))
+            firsts.setdefault(str(trial.params.get("backbone")), each)
     if not firsts:
         return None
-    return firsts.get(backbone, statistics.median(firsts.values())) / (sizes.train + sizes.val)
+    return firsts.get(backbone, statistics.median(firsts.values()))
 
 
 def _computed_features(trial: TrialRecord, trials: Sequence[TrialRecord]) -> bool:
@@ -182,7 +206,6 @@ def _step_cost(trials: Sequence[TrialRecord], sizes: Sizes) -> float:
     return statistics.median(ratios) if ratios else STEP_COST
 
 
-def _test_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Sizes) -> float:
-    features = sum(feature_seconds(each, trials, sizes) or 0.0 for each in backbones_of(trial))
-    passes = 2 if trial.params.get("probe.mirror") else 1
-    return features * sizes.test * passes
+def _test_seconds(backbones: Iterable[str], trials: Sequence[TrialRecord], sizes: Sizes) -> float:
+    """Seconds to compute the features of the test part, of each of the backbones."""
+    return sum(sizes.test * (feature_seconds(backbone, trials, sizes) or 0.0) for backbone in backbones)

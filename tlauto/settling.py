@@ -31,6 +31,8 @@ def settle(
         facts["image_seconds"] = round(done.seconds / epochs / images, 6)
     else:
         facts["features"] = done.features
+        if done.feature_seconds is not None:
+            facts["feature_seconds"] = round(done.feature_seconds, 6)
     score = estimate(done, spec.backbone, spec.metric, trials, val=plan.sizes.val)
     if done.held_out is not None:
         facts["held_out"] = done.held_out

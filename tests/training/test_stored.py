@@ -66,6 +66,19 @@ def test_a_search_reads_its_parts_without_joining_them(
             assert [part.dtype for part in both.parts] == [torch.float16, torch.float32]
 
 
+def test_the_rate_of_features_leaves_out_the_first_block_and_what_was_in_the_cache(
+    spec: TrialSpec, registry: Registry, dataset: Dataset
+) -> None:
+    few = replace(spec, micro_batch=4)
+    source = source_of(few, registry, dataset)
+    source.features(["train"], "pooled")
+    assert source.rate.images == len(dataset.part("train")) - 4 > 0
+    assert source.rate.seconds_each == source.rate.seconds / source.rate.images > 0
+    again = source_of(few, registry, dataset)
+    again.features(["train"], "pooled")
+    assert again.rate.seconds_each is None
+
+
 # --- in half precision ------------------------------------------------------------------------------
 
 

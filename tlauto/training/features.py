@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -52,6 +53,23 @@ class Facts:
         return str(self)
 
 
+@dataclass
+class Rate:
+    """How fast features are computed: images, and the seconds that they took, once an engine is at it."""
+
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, images: int, seconds: float) -> None:
+        """Take note of a block."""
+        self.images, self.seconds = self.images + images, self.seconds + seconds
+
+    @property
+    def seconds_each(self) -> float | None:
+        """Seconds an image; None when too few were computed to tell."""
+        return self.seconds / self.images if self.images else None
+
+
 _log = logging.getLogger(__name__)
 
 # A worker builds each backbone for its first trial only: later trials need just these facts.
@@ -75,6 +93,7 @@ class FeatureSource:
         mirror: bool = False,
     ) -> None:
         self.mirror = mirror
+        self.rate = Rate()
         self.spec = spec
         self.registry = registry
         self.dataset = dataset
@@ -165,6 +184,7 @@ class FeatureSource:
             # Of the images themselves they are in the cache, mostly: only the mirror images are run.
             plain = self._part(splits[0], kind, mirror=False) if mirror else None
             pixels, run, size = self.pixels(splits), self._extractor(kind), eval_batch(self.spec)
+            begun: float | None = None  # not the first block, for which an engine is chosen and prepared
             with torch.inference_mode():
                 for images in centre_batches(pixels, self.device, indices[first:], size=size):
                     found = run(images.flip(-1) if mirror else images).float().cpu()
@@ -176,6 +196,10 @@ class FeatureSource:
                         require_fit(rows, is_first=first == 0)
                     first += len(rows)
                     yield rows
+                    now = time.perf_counter()
+                    if begun is not None:
+                        self.rate.add(len(rows), now - begun)
+                    begun = now
 
         seen = self.facts.widths.shape_of(kind)
         width = seen.unpooled if kind == "unpooled" else (seen.pooled,)
