@@ -53,6 +53,25 @@ def test_a_trial_that_nobody_knows_of_begins_anew(store: Store) -> None:
     ]  # fmt: skip
 
 
+def test_changes_of_a_block_are_written_at_its_end_or_when_something_is_read(store: Store) -> None:
+    other = Store(store.url)
+    with store.together():
+        store.start_trial("s", trial_spec(0), "cpu:0")
+        store.finish_trial("s", TrialDone(0, 0.5, {}, 1.1, 1, 1, 2.0, "checkpoint"))
+        assert other.trials("s") == {}
+        assert store.trials("s")[0]["result"]["score"] == 0.5
+        store.start_trial("s", trial_spec(1), "cpu:0")
+        assert list(other.trials("s")) == [0]
+    assert list(other.trials("s")) == [0, 1]
+    with pytest.raises(ZeroDivisionError), store.together():
+        store.start_trial("s", trial_spec(2), "cpu:0")
+        raise ZeroDivisionError
+    assert list(other.trials("s")) == [0, 1, 2]
+    store.start_trial("s", trial_spec(3), "cpu:0")  # a transaction of its own
+    assert list(other.trials("s")) == [0, 1, 2, 3]
+    other.close()
+
+
 def test_an_epoch_and_the_result_are_recorded_together_or_not_at_all(store: Store) -> None:
     done, epoch = TrialDone(0, 0.5, {}, 1.1, 1, 1, 2.0, "checkpoint"), EpochResult(0, 1, 0.5, 1.0, 1.1, 2.0)
     store.start_trial("s", trial_spec(0), "cpu:0")

@@ -92,7 +92,8 @@ def _one_round(loop: Loop) -> Iterator[None]:
     show, said = loop.emit, list[object]()
     loop.emit = said.append
     try:
-        with loop.session.study.together():
+        # The store's part first: of what it has of a trial, the study may be told later (`settling`).
+        with loop.session.study.together(), loop.session.store.together():
             yield
     finally:
         loop.emit = show
