@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import queue
 import sys
@@ -46,15 +47,23 @@ from tlauto.pool.protocol import (
     encode,
 )
 
+AHEAD = ("tlauto.training.fit", "tlauto.results.bundle")
+"""What trials and bundles need, imported while there is no job: before the first one, or after the backbones
+were checked, while the coordinator makes the study."""
+
 Send = Callable[[Message], None]
 Receive = Callable[[], Message]
 
 
-def serve(receive: Receive, send: Send, device: str) -> None:
-    """Do jobs until told to stop."""
+def serve(receive: Receive, send: Send, device: str, *, rest: Callable[[], None] = lambda: None) -> None:
+    """Do jobs until told to stop; `rest` is called before each is waited for."""
     growth = growth_here()
     send(Ready(os.getpid()))
-    while not isinstance(job := receive(), Stop):
+    while True:
+        rest()
+        job = receive()
+        if isinstance(job, Stop):
+            return
         try:
             end = _do(job, receive, send, device)
         except TlautoError as error:
@@ -213,9 +222,19 @@ def main() -> None:
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     threading.Thread(target=_beat, args=(send,), daemon=True).start()  # importing torch takes a while
     _use_threads()
-    if jobs.empty():
-        _import_ahead()
-    serve(jobs.get, send, device)
+    ahead = list(AHEAD)
+
+    def import_ahead() -> None:
+        while ahead and jobs.empty():
+            with contextlib.suppress(Exception):  # who needs it will meet that again, and tell
+                importlib.import_module(ahead.pop(0))
+                if (
+                    not ahead
+                ):  # libraries stay: who collects garbage need not look at them, for .2 s each time
+                    gc.collect()
+                    gc.freeze()
+
+    serve(jobs.get, send, device, rest=import_ahead)
     # Libraries may have left threads behind; nothing is unsaved here.
     out.close()
     os._exit(0)
@@ -234,12 +253,6 @@ def _beat(send: Send) -> None:
         while True:
             time.sleep(beat_every())
             send(Beat(pulse.reading()))
-
-
-def _import_ahead() -> None:
-    """Import what trials need while there is no job: a worker may be started before its first one."""
-    with contextlib.suppress(Exception):  # the first trial will meet it again, and tell
-        import tlauto.training.fit  # noqa: F401
 
 
 def _use_threads() -> None:
