@@ -102,15 +102,19 @@ def _line_search(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The longest of the steps 1, 1/2, 1/4 … that lowers each value enough; no step where none does."""
     slope = (direction * gradient).sum(dim=1)
+    tried = x + direction
+    found, slopes = objective(tried, active)
+    is_enough = found <= value + ENOUGH * slope
+    if bool(is_enough.all()):
+        return tried, found, slopes  # nearly always
     new, new_value, new_gradient = x.clone(), value.clone(), gradient.clone()
     left = torch.arange(len(x), device=x.device)
     length = 1.0
-    for _ in range(HALVINGS):
-        tried = x[left] + length * direction[left]
-        found, slopes = objective(tried, active[left])
-        is_enough = found <= value[left] + ENOUGH * length * slope[left]
-        if len(left) == len(x) and bool(is_enough.all()):
-            return tried, found, slopes  # nearly always
+    for halving in range(HALVINGS):
+        if halving:
+            tried = x[left] + length * direction[left]
+            found, slopes = objective(tried, active[left])
+            is_enough = found <= value[left] + ENOUGH * length * slope[left]
         rows = left[is_enough]
         new[rows], new_value[rows], new_gradient[rows] = (
             tried[is_enough], found[is_enough], slopes[is_enough],

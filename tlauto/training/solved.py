@@ -112,14 +112,16 @@ class _Solving:
         start: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[Fitted, float]:
         """The head for a penalty, evaluated, and its mean training loss."""
-        trial, head = self.trial, self.solve(penalty, found)
-        features = trial.features([trial.spec.evaluate_on], self.kind)
-        valid = trial.rows(self.readout, features, of=self.train)
+        trial = self.trial
+        # All of it, since to change the number of threads costs as much as a dozen small steps.
         with torch.no_grad(), threads_for(self.train.shape[0] * self.train.shape[1] * trial.num_outputs):
+            head = self.solve(penalty, found)
+            features = trial.features([trial.spec.evaluate_on], self.kind)
+            valid = trial.rows(self.readout, features, of=self.train)
             batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
             logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
             train_loss = self.problem.mean_loss(self.problem.answers(head))
+            found_here = trial.evaluate(logits, 1)
         held_out = None if found is None else trial.task.predict(found.outputs.float().cpu().numpy())
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
-        found_here = trial.evaluate(logits, 1)
         return Fitted(1, found_here, state, self.kind, 1, head.numel(), False, held_out, start), train_loss
