@@ -225,14 +225,15 @@ def main() -> None:
     ahead = list(AHEAD)
 
     def import_ahead() -> None:
+        if not ahead:
+            return
         while ahead and jobs.empty():
             with contextlib.suppress(Exception):  # who needs it will meet that again, and tell
                 importlib.import_module(ahead.pop(0))
-                if (
-                    not ahead
-                ):  # libraries stay: who collects garbage need not look at them, for .2 s each time
-                    gc.collect()
-                    gc.freeze()
+        if not ahead:
+            # Libraries stay: who collects garbage later need not look at them, which takes .2 s each time.
+            gc.collect()
+            gc.freeze()
 
     serve(jobs.get, send, device, rest=import_ahead)
     # Libraries may have left threads behind; nothing is unsaved here.
