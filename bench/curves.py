@@ -28,8 +28,9 @@ FORMAT = 1
 PRESET = "recorded"
 """The preset of recorded trials: `balanced` with the table's epochs and images an epoch, and `ALONE`."""
 
-ALONE: Mapping[str, Scalar] = {"probe.joined": 1}
-"""What no recorded trial does: which other backbones a head reads depends on the trials before it."""
+ALONE: Mapping[str, Scalar] = {"probe.joined": 1, "image.scale": 1.0}
+"""What no recorded trial does: which other backbones a head reads depends on the trials before it, and so
+does where larger images are tried."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tlauto.executors import Executor
 from tlauto.levels import Levelled
 from tlauto.plugins import CONTRACTS, CORE_HOOKS, load_plugins
 from tlauto.pool.base import Pool
+from tlauto.scales import Scalable
 from tlauto.splits import Split, Splittable
 from tlauto.testing import TaskHeadSuite, TrackerSuite
 from tlauto.trackers import Recorder, Tracker
@@ -63,7 +64,7 @@ def test_no_hook_is_documented_that_does_not_exist() -> None:
 @pytest.mark.parametrize(
     "contract",
     [
-        *(BackboneProvider, Backbone, Splittable, Split, Levelled, FreezeStrategy, TaskHead),
+        *(BackboneProvider, Backbone, Splittable, Split, Levelled, Scalable, FreezeStrategy, TaskHead),
         *(Tracker, Recorder, Executor, Pool),
     ],
 )

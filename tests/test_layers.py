@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset(
     {"errors", "space", "contracts", "splits", "levels", "rungs", "pulse", "events", "trackers"}
-    | {"executors"}
+    | {"executors", "scales"}
 )
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}
@@ -27,7 +27,7 @@ LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
     | {"continuing", "executing", "failures", "growing", "joined", "loop", "mirrored", "outcomes", "room"}
-    | {"settling", "starting", "tracking"}
+    | {"larger", "settling", "starting", "tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tlauto.config import SearchConfig
-from tlauto.contracts import BackboneInfo
 from tlauto.errors import TlautoError, UnknownNameError, WeightsError
 from tlauto.events import Emit, Said, Working
 from tlauto.plugins import registry
 from tlauto.pool.base import Event, Pool
-from tlauto.pool.protocol import JobFailed, Note, Preflight, PreflightDone
+from tlauto.pool.protocol import Candidate, JobFailed, Note, Preflight, PreflightDone
 from tlauto.preflight import order
 
 PREFLIGHT_TIMEOUT_S = 1800.0
@@ -21,7 +20,7 @@ PREFLIGHT_TIMEOUT_S = 1800.0
 
 def find_candidates(
     pool: Pool, config: SearchConfig, stored: Mapping[str, Any] | None, emit: Emit
-) -> dict[str, BackboneInfo]:
+) -> dict[str, Candidate]:
     """The usable backbones by id, best prior first, found and built by the first slot's worker.
 
     They are those that the user names, as ids or globs. Else a new study takes the best of the shortlists
@@ -50,8 +49,9 @@ def find_candidates(
     return _by_prior(found)
 
 
-def _by_prior(infos: Iterable[BackboneInfo]) -> dict[str, BackboneInfo]:
-    return {info.id: info for info in order(infos)}
+def _by_prior(found: Iterable[Candidate]) -> dict[str, Candidate]:
+    known = {candidate.info.id: candidate for candidate in found}
+    return {info.id: known[info.id] for info in order(each.info for each in known.values())}
 
 
 def _found(
@@ -61,7 +61,7 @@ def _found(
     emit: Emit,
     *,
     providers: tuple[str, ...] = (),
-) -> list[BackboneInfo]:
+) -> list[Candidate]:
     """What a worker finds; of `providers`, there may be nothing."""
     job = Preflight(patterns, config.weights_options, config.recipe.candidates, providers)
     result = _checked(pool, job, emit)
@@ -78,7 +78,7 @@ def _found(
     for id, path in config.weights.items():
         if str(Path(path)) not in used and not providers:
             emit(Said(f"--weights {id}={path} is not used: no backbone of this search has that id"))
-    return [candidate.info for candidate in result.candidates]
+    return list(result.candidates)
 
 
 def _checked(pool: Pool, job: Preflight, emit: Emit) -> PreflightDone:

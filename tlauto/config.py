@@ -46,8 +46,8 @@ class Preset:
 # The path of penalties finds what single penalties and mini-batches would have to be searched for.
 _MODEST: Mapping[str, Scalar] = {"head.mlp.input": "pooled", "probe.solver": "path"}
 
-# Who is in a hurry at the search is so at the use: one forward pass an image.
-_ONE_PASS: Mapping[str, Scalar] = {"probe.mirror": False, "probe.joined": 1}
+# Who is in a hurry at the search is so at the use: one forward pass an image, of the size it has to have.
+_ONE_PASS: Mapping[str, Scalar] = {"probe.mirror": False, "probe.joined": 1, "image.scale": 1.0}
 
 # Strategies of plugins are searched by `best`, or when they are named.
 _BUILT_IN = ("feature_extraction", "partial", "full")

@@ -117,7 +117,7 @@ def _propose(loop: Loop, slot: str) -> None:
     session = loop.session
     trials, left = session.study.trials(), loop.seconds_left()
     kept = session.plan.proposable(trials, left)
-    _enqueue(loop, trials, kept["strategy"], left)
+    _enqueue(loop, trials, [str(name) for name in kept["strategy"]], left)
     with session.study.together():
         record = session.study.ask(session.plan.space, kept=kept)
         spec = next_spec(session, record, trials, left=left)
@@ -139,15 +139,10 @@ def _enqueue(
     for point, earlier in warm:
         study.enqueue(without_fixed(point, plan.space), purpose="warm", from_study=earlier)
         loop.emit(Said(f"tries next what was best in study '{earlier}'"))
-    mirrored = [] if probe or warm else plan.next_mirrored(trials, left)
-    for again in mirrored:
-        study.enqueue(without_fixed(again, plan.space), purpose="mirror")
-    joined = [] if probe or warm or mirrored else plan.next_joined(trials)
-    for again in joined:
-        study.enqueue(without_fixed(again, plan.space), purpose="joined")
-    if not (probe or warm or mirrored or joined) and (
-        paused := promotion(plan, trials, strategies, left=left)
-    ):
+    again, purpose = ([], "") if probe or warm else plan.next_again(trials, left)
+    for point in again:
+        study.enqueue(without_fixed(point, plan.space), purpose=purpose)
+    if not (probe or warm or again) and (paused := promotion(plan, trials, strategies, left=left)):
         study.enqueue(paused.params, purpose="promoted", continues=paused.number)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tlauto.joined import backbones_of
+from tlauto.recipe import scale_of
 from tlauto.study import TrialRecord
 
 PROBE_STRATEGY = "feature_extraction"
@@ -76,10 +77,10 @@ def held_back(
         return 0.0
     refits = sum(refit_seconds(t, trials, sizes) for t in refitted if t.score is not None)
     # Test features of further members' backbones, at most: dear ones are no members.
-    read = {backbone for t in refitted for backbone in backbones_of(t)}
+    read = {backbone for t in refitted for backbone in _read_by(t)}
     others = {
         backbone: _test_seconds([backbone], trials, sizes)
-        for t in trials if t.score is not None for backbone in backbones_of(t) if backbone not in read
+        for t in trials if t.score is not None for backbone in _read_by(t) if backbone not in read
     }  # fmt: skip
     dearest = sorted((s for s in others.values() if s <= MEMBER_SHARE * limit), reverse=True)
     return MARGIN * (refits + sum(dearest[: members - 1])) + WORKER_START_S
@@ -93,7 +94,7 @@ def refit_seconds(trial: TrialRecord, trials: Sequence[TrialRecord], sizes: Size
     """
     seconds, epochs = float(trial.attrs.get("seconds", 0.0)), int(trial.attrs.get("epochs", 1))
     passes = 2 if trial.params.get("probe.mirror") else 1
-    test = passes * _test_seconds(backbones_of(trial), trials, sizes)
+    test = passes * _test_seconds(_read_by(trial), trials, sizes)
     if trial.params.get("strategy") == PROBE_STRATEGY:
         head = seconds * HEAD_SHARE if _computed_features(trial, trials) else seconds
         return min(head, 10.0) + test
@@ -143,13 +144,17 @@ def _probed(trials: Sequence[TrialRecord]) -> set[str]:
 
 
 def affordable_epochs(
-    backbone: str, trials: Sequence[TrialRecord], sizes: Sizes, *, left: float, epochs: int, images: int
-) -> tuple[int, int] | None:
+    backbone: str, trials: Sequence[TrialRecord], sizes: Sizes, *, left: float, epochs: int, images: int,
+    scale: float = 1.0,
+) -> tuple[int, int] | None:  # fmt: skip
     """Epochs and images an epoch that a fine-tuning can have, at most those given; None for too few.
 
     Images are a power of two when they are cut, so that trials share cached activations.
+
+    Args:
+        scale: of its images, over those that the backbone was pretrained on.
     """
-    probe = feature_seconds(backbone, trials, sizes)
+    probe = feature_seconds(backbone, trials, sizes, scale=scale)
     if probe is None:
         return epochs, images
     cost = probe * _step_cost(trials, sizes)
@@ -168,20 +173,26 @@ def _is_probe(trial: TrialRecord) -> bool:
     return trial.attrs.get("purpose") == "probe"
 
 
-def feature_seconds(backbone: str, trials: Sequence[TrialRecord], sizes: Sizes) -> float | None:
+def feature_seconds(
+    backbone: str, trials: Sequence[TrialRecord], sizes: Sizes, *, scale: float = 1.0
+) -> float | None:
     """Seconds to compute one image's features: of the first frozen trial, which did; else the median.
 
-    As it measured, where there were enough images for that; else all its seconds by its images.
+    As it measured, where there were enough images for that; else all its seconds by its images. Of images
+    at another scale than was measured, in proportion to their pixels.
     """
-    firsts: dict[str, float] = {}
+    firsts: dict[tuple[str, float], float] = {}
     for trial in trials:
         if trial.params.get("strategy") == PROBE_STRATEGY and "seconds" in trial.attrs:
             whole = float(trial.attrs["seconds"]) / (sizes.train + sizes.val)
             each = float(trial.attrs.get("feature_seconds", whole))
-            firsts.setdefault(str(trial.params.get("backbone")), each)
-    if not firsts:
-        return None
-    return firsts.get(backbone, statistics.median(firsts.values()))
+            firsts.setdefault((str(trial.params.get("backbone")), scale_of(trial.params)), each)
+    if not firsts or (backbone, scale) in firsts:
+        return firsts.get((backbone, scale))
+    plain: dict[str, float] = {}
+    for (one, measured), each in firsts.items():
+        plain.setdefault(one, each / measured**2)
+    return plain.get(backbone, statistics.median(plain.values())) * scale**2
 
 
 def _computed_features(trial: TrialRecord, trials: Sequence[TrialRecord]) -> bool:
@@ -189,7 +200,7 @@ def _computed_features(trial: TrialRecord, trials: Sequence[TrialRecord]) -> boo
 
     def read(one: TrialRecord) -> set[tuple[object, ...]]:
         how = one.params.get("strategy"), one.params.get("probe.mirror")
-        return {(backbone, *how) for backbone in backbones_of(one)}
+        return {(*backbone, *how) for backbone in _read_by(one)}
 
     before = [read(t) for t in trials if t.number < trial.number]
     return not read(trial) <= set[tuple[object, ...]]().union(*before)
@@ -200,12 +211,21 @@ def _step_cost(trials: Sequence[TrialRecord], sizes: Sizes) -> float:
     ratios = []
     for trial in trials:
         if "image_seconds" in trial.attrs:
-            features = feature_seconds(str(trial.params.get("backbone")), trials, sizes)
+            scale = scale_of(trial.params)
+            features = feature_seconds(str(trial.params.get("backbone")), trials, sizes, scale=scale)
             if features:
                 ratios.append(float(trial.attrs["image_seconds"]) / features)
     return statistics.median(ratios) if ratios else STEP_COST
 
 
-def _test_seconds(backbones: Iterable[str], trials: Sequence[TrialRecord], sizes: Sizes) -> float:
-    """Seconds to compute the features of the test part, of each of the backbones."""
-    return sum(sizes.test * (feature_seconds(backbone, trials, sizes) or 0.0) for backbone in backbones)
+def _read_by(trial: TrialRecord) -> list[tuple[str, float]]:
+    """The backbones that a trial reads, each with the scale of its images."""
+    return [(backbone, scale_of(trial.params)) for backbone in backbones_of(trial)]
+
+
+def _test_seconds(
+    backbones: Iterable[tuple[str, float]], trials: Sequence[TrialRecord], sizes: Sizes
+) -> float:
+    """Seconds to compute the features of the test part, of each of the backbones at its scale."""
+    each = (feature_seconds(backbone, trials, sizes, scale=scale) for backbone, scale in backbones)
+    return sum(sizes.test * (seconds or 0.0) for seconds in each)

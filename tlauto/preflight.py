@@ -9,6 +9,7 @@ from tlauto.contracts import BackboneInfo, WeightsOptions
 from tlauto.errors import TlautoError, UnknownNameError, WeightsError
 from tlauto.plugins import Registry
 from tlauto.pool.protocol import Candidate, Preflight, PreflightDone
+from tlauto.scales import is_scalable
 
 Say = Callable[[str], None]
 
@@ -138,7 +139,7 @@ def _check(info: BackboneInfo, registry: Registry, weights: WeightsOptions) -> C
     if status.state == "missing" and weights.pretrained:
         return Candidate(info, status, status.detail)
     try:
-        provider.load(info.id, weights)
+        backbone = provider.load(info.id, weights)
     except (WeightsError, UnknownNameError) as error:
         return Candidate(info, status, str(error))
-    return Candidate(info, status)
+    return Candidate(info, status, is_scalable=is_scalable(backbone))

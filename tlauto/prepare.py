@@ -19,7 +19,7 @@ from tlauto.candidates import find_candidates
 from tlauto.config import IDENTITY, SearchConfig, differences
 from tlauto.connections import sqlite_file
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
-from tlauto.data import Dataset, load_dataset, memory_file
+from tlauto.data import Dataset, DoctorReport, load_dataset, memory_file
 from tlauto.database import make_safe
 from tlauto.devices import cache_folder
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
@@ -27,6 +27,7 @@ from tlauto.events import Checked, DataRead, Emit, Planned, Said, Working
 from tlauto.executing import choose_executor, expected
 from tlauto.growing import Change, begun, choices_before, decided, find_change, open_version
 from tlauto.history import read_past
+from tlauto.larger import offered
 from tlauto.memory import memory_floor
 from tlauto.pace import Sizes
 from tlauto.plugins import Registry, registry
@@ -75,7 +76,8 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         undo.callback(store.close)
         name = _study_name(config, store)
         stored = _stored(store, name, config)
-        dataset, report = _read_data(config, store, name if stored else None, emit)
+        dataset, examined = _read_data(config, store, name if stored else None, emit)
+        report = json.dumps(examined.to_json())
         metric, why = _metric(config, dataset)
         heads = _heads_for(dataset.task, heads, config)
         _space(config, strategies, heads, {}, dataset.task)  # refuses a wrong --set before any worker starts
@@ -83,11 +85,14 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         pool = executor.open(dataclasses.replace(wanted, folder=out / name))
         undo.callback(pool.close)
         pool.warm_up(expected(config, pool.slots))  # while the first of them checks the backbones
-        infos = find_candidates(pool, config, stored["plan"] if stored else None, emit)
+        found = find_candidates(pool, config, stored["plan"] if stored else None, emit)
+        infos = {id: candidate.info for id, candidate in found.items()}
+        space = _space(config, strategies, heads, infos, dataset.task)
+        space = dataclasses.replace(space, larger=offered(found, space.fixed, side=examined.shorter_side))
         before = choices_before(store.url, name, stored) if stored else {}
         plan = Plan(
             config=config,
-            space=_space(config, strategies, heads, infos, dataset.task).ordered_like(before),
+            space=space.ordered_like(before),
             task=dataset.task,
             metric=metric,
             dataset_file=str(out / name / "dataset.json"),
@@ -232,8 +237,10 @@ def _check_fits(name: str, config: SearchConfig, old: SearchConfig) -> None:
         )
 
 
-def _read_data(config: SearchConfig, store: Store, stored: str | None, emit: Emit) -> tuple[Dataset, str]:
-    """The dataset and the doctor's report as JSON; on resume, the recorded split."""
+def _read_data(
+    config: SearchConfig, store: Store, stored: str | None, emit: Emit
+) -> tuple[Dataset, DoctorReport]:
+    """The dataset and the doctor's report; on resume, the recorded split."""
     emit(Working("reading and checking the images"))
     dataset, report = load_dataset(
         config.data, task=config.task, seed=config.seed, allow_leaks=config.allow_leaks,
@@ -248,7 +255,7 @@ def _read_data(config: SearchConfig, store: Store, stored: str | None, emit: Emi
         dataset = dataclasses.replace(Dataset.from_json(row["content"]), root=dataset.root)
     counts = {part: len(dataset.part(part)) for part in ("train", "val", "test")}
     emit(DataRead(dataset.task, len(dataset.classes), counts, report.unreadable, report.warnings))
-    return dataset, json.dumps(report.to_json())
+    return dataset, report
 
 
 def _past(

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from tlauto.caches import format_size
 from tlauto.contracts import TrialSpec
 from tlauto.memory import CONTEXT
-from tlauto.recipe import EVAL_BATCH, FINETUNE_SPACE
+from tlauto.recipe import EVAL_BATCH, FINETUNE_SPACE, SCALE, scale_of
+from tlauto.space import Scalar
 from tlauto.study import TrialRecord
 
 SHARE = 0.9
@@ -84,11 +85,13 @@ class Verdict:
 
 def kind_of(spec: TrialSpec) -> str:
     """Names the trials that take as much memory as this one, if they have as many images at once."""
-    shaping = {
+    shaping: dict[str, Scalar] = {
         name: value
         for name, value in spec.params.items()
         if name.startswith(_SHAPING) and not isinstance(value, float)
     }
+    if (scale := scale_of(spec.params)) != 1.0:
+        shaping[SCALE] = scale
     own = (spec.backbone, spec.strategy, spec.head, *(f"{name}={shaping[name]}" for name in sorted(shaping)))
     return " ".join(own)
 

@@ -13,7 +13,9 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-Kept = Mapping[str, Collection[str]]
+from tlauto.space import Scalar
+
+Kept = Mapping[str, Collection[Scalar]]
 """Values that may be proposed, by the name of a category; empty means all."""
 
 Distributions = dict[str, BaseDistribution]
@@ -99,7 +101,7 @@ class _KeptSampler(optuna.samplers.TPESampler):
 
     def __init__(self, kept: Kept, seed: int, ended: Ended, *, is_alone: bool) -> None:
         super().__init__(n_startup_trials=STARTUP, multivariate=True, constant_liar=not is_alone, seed=seed)
-        self._kept = {name: sorted(values) for name, values in kept.items() if values}
+        self._kept = {name: sorted(values, key=str) for name, values in kept.items() if values}
         self._choice = random.Random(seed)
         self._ended = ended
         self._running: list[FrozenTrial] = []

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tlauto import metrics
+from tlauto import joined, larger, metrics, mirrored
 from tlauto.allocation import cost_of, pick_next
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
 from tlauto.joined import is_joined, joined_points, partners
+from tlauto.larger import larger_points, proposable_scales
 from tlauto.mirrored import mirror_points
 from tlauto.pace import (
     FEWEST_EPOCHS,
@@ -25,7 +26,7 @@ from tlauto.pace import (
     affordable_epochs,
     next_to_screen,
 )
-from tlauto.recipe import BESIDE
+from tlauto.recipe import BESIDE, SCALE, scale_of
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
 from tlauto.study import TrialRecord
@@ -126,22 +127,23 @@ class Plan:
             trials=self.config.max_trials,
         )
 
-    def next_mirrored(self, trials: Sequence[TrialRecord], left: float | None) -> list[dict[str, Scalar]]:
-        """The best backbones' probes on mirror images as well: once, when every probe has ended.
+    def next_again(
+        self, trials: Sequence[TrialRecord], left: float | None
+    ) -> tuple[list[dict[str, Scalar]], str]:
+        """The best probes once more, and to what purpose, each once, when every probe has ended: with mirror
+        images, then on several backbones at once, then on larger images.
 
         Args:
             left: as for `spec`.
         """
-        most = self.config.max_trials
-        ranked = ranked_probes(trials)
-        return mirror_points(
-            self.space, trials, ranked, sizes=self.sizes, left=left, most_trials=most, since=self.begun.trials
-        )
-
-    def next_joined(self, trials: Sequence[TrialRecord]) -> list[dict[str, Scalar]]:
-        """The best probe on several backbones at once: once, when every probe has ended."""
-        most, since = self.config.max_trials, self.begun.trials
-        return joined_points(self.space, trials, ranked_probes(trials), most_trials=most, since=since)
+        ranked, most, since = ranked_probes(trials), self.config.max_trials, self.begun.trials
+        known = self.space, trials, ranked
+        if found := mirror_points(*known, sizes=self.sizes, left=left, most_trials=most, since=since):
+            return found, mirrored.PURPOSE
+        if found := joined_points(*known, most_trials=most, since=since):
+            return found, joined.PURPOSE
+        found = larger_points(*known, sizes=self.sizes, left=left, most_trials=most, since=since)
+        return found, larger.PURPOSE
 
     def default_recipe(self) -> dict[str, Scalar]:
         """What one would do without a search: fine-tune the best-known backbone, on a CPU its last stages."""
@@ -166,8 +168,9 @@ class Plan:
         kept = self.kept(trials)
         return names if any(self._epochs(backbone, trials, left) for backbone in kept) else frozen
 
-    def proposable(self, trials: Sequence[TrialRecord], left: float | None) -> dict[str, tuple[str, ...]]:
-        """What the sampler may propose next: the kept backbones, and the strategy that promises most.
+    def proposable(self, trials: Sequence[TrialRecord], left: float | None) -> dict[str, tuple[Scalar, ...]]:
+        """What the sampler may propose next: the kept backbones, the strategy that promises most, and
+        larger images where they pay.
 
         Args:
             left: as for `spec`.
@@ -177,7 +180,10 @@ class Plan:
         costs = {s.name: cost_of(s, self.device) for s in self.space.strategies if s.name in affordable}
         seed, most = f"{self.config.seed}/strategy", self.config.max_trials
         picked = pick_next(trials, costs, kept, seed=seed, most=most, slots=self.slots)
-        return {"backbone": kept, "strategy": (picked,)}
+        scales = proposable_scales(
+            self.space, trials, ranked_probes(trials), kept=kept, sizes=self.sizes, left=left
+        )
+        return {"backbone": kept, "strategy": (picked,), SCALE: scales}
 
     def spec(
         self, record: TrialRecord, trials: Sequence[TrialRecord], *, left: float | None = None
@@ -190,8 +196,13 @@ class Plan:
         params = dict(record.params)
         backbone, strategy, head = (str(params.pop(name)) for name in ("backbone", "strategy", "head"))
         trains = trains_backbone(next(s for s in self.space.strategies if s.name == strategy))
-        epochs, images = self._epochs(backbone, trials, left) or (FEWEST_EPOCHS, FEWEST_IMAGES)
-        if beside := partners(record, ranked_probes(trials)):
+        # A fixed scale is that of all trials, of those too by which seconds are reckoned.
+        scale = 1.0 if SCALE in self.space.fixed else scale_of(params)
+        epochs, images = self._epochs(backbone, trials, left, scale) or (FEWEST_EPOCHS, FEWEST_IMAGES)
+        ranked = [
+            t for t in ranked_probes(trials) if scale == 1.0 or t.params["backbone"] in self.space.larger
+        ]
+        if beside := partners(record, ranked):
             params[BESIDE] = " ".join(beside)
         return TrialSpec(
             number=record.number,
@@ -207,7 +218,7 @@ class Plan:
             epochs=epochs if trains else PROBE_EPOCHS,
             patience=max(2, epochs // 3) if trains else PROBE_PATIENCE,
             epoch_images=images if trains else None,
-            init_head=self._init_head(backbone, head, trials) if trains else None,
+            init_head=self._init_head(backbone, head, scale, trials) if trains else None,
             folder=str(self.trial_folder(record.number)),
             cache=str(self.cache),
             purpose=record.attrs.get("purpose", "search"),
@@ -215,7 +226,7 @@ class Plan:
         )
 
     def _epochs(
-        self, backbone: str, trials: Sequence[TrialRecord], left: float | None
+        self, backbone: str, trials: Sequence[TrialRecord], left: float | None, scale: float = 1.0
     ) -> tuple[int, int | None] | None:
         """Epochs and images an epoch (None for all) of a fine-tuning; None when there is no time."""
         preset = self.config.recipe
@@ -224,7 +235,7 @@ class Plan:
             return preset.finetune_epochs, images
         most = min(images or self.sizes.train, self.sizes.train)
         found = affordable_epochs(
-            backbone, trials, self.sizes, left=left, epochs=preset.finetune_epochs, images=most
+            backbone, trials, self.sizes, left=left, epochs=preset.finetune_epochs, images=most, scale=scale
         )
         return found if found is None or found[1] < most else (found[0], images)
 
@@ -239,8 +250,9 @@ class Plan:
         strategies = [strategy.name for strategy in self.space.strategies]
         return PROBE_STRATEGY in strategies and PROBE_HEAD in [head.name for head in self.space.heads]
 
-    def _init_head(self, backbone: str, head: str, trials: Sequence[TrialRecord]) -> str | None:
-        """The checkpoint of the best frozen trial on a backbone, the same head first (LP-FT).
+    def _init_head(self, backbone: str, head: str, scale: float, trials: Sequence[TrialRecord]) -> str | None:
+        """The checkpoint of the best frozen trial on a backbone, one on images as large and the same head
+        first (LP-FT).
 
         Source: Kumar et al. 2022 (arXiv:2202.10054): a fine-tuning that starts from a trained head
         distorts the pretrained features less.
@@ -248,7 +260,9 @@ class Plan:
         frozen = {s.name for s in self.space.strategies if not trains_backbone(s)}
         on_it = [t for t in trials if t.state == "complete" and t.params["backbone"] == backbone]
         probes = [t for t in on_it if t.params["strategy"] in frozen and not is_joined(t)]
-        probes.sort(key=lambda t: (t.params["head"] == head, *rank(t)), reverse=True)
+        probes.sort(
+            key=lambda t: (scale_of(t.params) == scale, t.params["head"] == head, *rank(t)), reverse=True
+        )
         files = [self.trial_folder(t.number) / name for t in probes for name in INIT_FILES]
         return next((str(file) for file in files if file.is_file()), None)
 

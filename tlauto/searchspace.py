@@ -21,6 +21,7 @@ class SearchSpace:
     Attributes:
         backbones: ids, in order of their priors, best first.
         fixed: values by dotted name that are not searched.
+        larger: backbones that may see larger images than they were pretrained on.
     """
 
     backbones: tuple[str, ...]
@@ -28,6 +29,7 @@ class SearchSpace:
     heads: tuple[TaskHead, ...]
     loss: Space
     fixed: Mapping[str, Scalar]
+    larger: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         known = dict(self._every())
@@ -92,6 +94,8 @@ class SearchSpace:
         take(f"freeze.{strategy.name}", strategy.space)
         take("", {"head": _choice(self.heads)})
         head = next(h for h in self.heads if h.name == values["head"])
+        if values["backbone"] in self.larger:
+            take("image", recipe.IMAGE_SPACE)
         take("loss", self.loss)
         if not trains_backbone(strategy):
             take("probe", recipe.MIRROR_SPACE)
@@ -119,7 +123,7 @@ class SearchSpace:
         """Each parameter that any point has, by dotted name."""
         spaces: list[tuple[str, Space]] = [(f"freeze.{s.name}", s.space) for s in self.strategies]
         spaces += [(f"head.{h.name}", h.space) for h in self.heads]
-        spaces += [("loss", self.loss), ("optim", recipe.OPTIM_SPACE)]
+        spaces += [("image", recipe.IMAGE_SPACE), ("loss", self.loss), ("optim", recipe.OPTIM_SPACE)]
         spaces += [(f"optim.{name}", space) for name, space in recipe.OPTIMIZER_SPACES.items()]
         for strategy in self.strategies:
             spaces += _training_spaces(trains_backbone(strategy))

@@ -68,6 +68,11 @@ class TorchBackbone:
         self.feature_shape, ran = self._measure()
         self.stages = _join_unused_tail(self.stages, ran)
 
+    def resize(self, input: ImageInput) -> None:
+        """Take images like these from now on; the shapes of the features are measured anew."""
+        self.input = input
+        self.feature_shape, _ = self._measure()
+
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """Features (N, D) of normalised images (N, 3, H, W)."""
         if self._pooled is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,12 @@ class DoctorReport:
     def images(self) -> int:
         """How many images are usable."""
         return self.total - len(self.unreadable)
+
+    @property
+    def shorter_side(self) -> int:
+        """The median length of the shorter sides of the usable images, in pixels; 0 without any."""
+        sides = [min(check.width, check.height) for check in self.checks.values() if not check.problem]
+        return statistics.median_low(sides) if sides else 0
 
     @property
     def imbalance(self) -> float | None:

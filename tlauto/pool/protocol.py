@@ -150,11 +150,12 @@ class Grown:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backbone that can be searched, or why it cannot."""
+    """A backbone that can be searched, or why it cannot; whether it takes images of other sizes."""
 
     info: BackboneInfo
     status: WeightsStatus
     problem: str = ""
+    is_scalable: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,4 +230,5 @@ def _restore(kind: Any, data: dict[str, Any]) -> Message:
 
 
 def _candidate(entry: Mapping[str, Any]) -> Candidate:
-    return Candidate(BackboneInfo(**entry["info"]), WeightsStatus(**entry["status"]), entry["problem"])
+    about = BackboneInfo(**entry["info"]), WeightsStatus(**entry["status"])
+    return Candidate(*about, entry["problem"], entry["is_scalable"])

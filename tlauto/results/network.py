@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 from tlauto.contracts import ImageInput, WeightsOptions
 from tlauto.errors import ConfigError, DataError, TlautoError, UnknownNameError
 from tlauto.plugins import Registry
+from tlauto.recipe import scale_of
 from tlauto.results.manifest import MANIFEST_FILE, Manifest
+from tlauto.scales import at_scale
 from tlauto.space import complete
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def build_network(folder: Path, file: Path, manifest: Manifest, plugins: Registr
     # Naming the bundle's own file makes known an id that stems from a weights file elsewhere.
     weights = WeightsOptions(files={id: str(file)}, offline=True, pretrained=False)
     try:
-        backbone = provider.load(id, weights)
+        backbone = at_scale(provider.load(id, weights), scale_of(spec.params), id=id)
         owner = f"head.{spec.head}"
         given = {n.removeprefix(f"{owner}."): v for n, v in spec.params.items() if n.startswith(f"{owner}.")}
         params = complete(head.space, given, owner=owner)

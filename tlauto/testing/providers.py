@@ -170,6 +170,26 @@ class BackboneProviderSuite:
             features = backbone.pooled(_images(backbone, 1, size=backbone.input.size + 32))
         assert features.shape == (1, backbone.feature_shape.pooled)
 
+    def test_a_backbone_that_was_resized_states_its_features_anew(self) -> None:
+        import torch
+
+        from tlauto.levels import Levelled, width_of
+        from tlauto.scales import at_scale, is_scalable, scaled
+
+        backbone = self._load()
+        if not is_scalable(backbone):
+            return
+        own, stages, pooled = backbone.input, backbone.stages, backbone.feature_shape.pooled
+        backbone = at_scale(backbone, 1.4, id=self.example)
+        assert backbone.input == scaled(own, 1.4) != own
+        assert (backbone.stages, backbone.feature_shape.pooled) == (stages, pooled)
+        backbone.set_training(False)
+        with torch.no_grad():
+            images = _images(backbone, 1)
+            assert backbone.unpooled(images).shape == (1, *backbone.feature_shape.unpooled)
+            if isinstance(backbone, Levelled):
+                assert backbone.levels(images).shape == (1, width_of(backbone.level_shape, kind="grid"))
+
     def test_two_builds_have_the_same_names_and_with_one_seed_the_same_values(self) -> None:
         from tlauto.backbone import hash_weights
 

@@ -23,6 +23,7 @@ from tlauto.backbone import hash_weights, narrowed
 from tlauto.contracts import Backbone, ImageInput, TrialSpec
 from tlauto.data import Dataset
 from tlauto.plugins import Registry
+from tlauto.recipe import scale_of
 from tlauto.training.arrays import cached_array
 from tlauto.training.batches import centre_batches, eval_batch
 from tlauto.training.engines import Extractor
@@ -73,7 +74,7 @@ class Rate:
 _log = logging.getLogger(__name__)
 
 # A worker builds each backbone for its first trial only: later trials need just these facts.
-_known: dict[tuple[Registry, str, str], Facts] = {}
+_known: dict[tuple[Registry, str, float, str], Facts] = {}
 
 
 class FeatureSource:
@@ -108,7 +109,8 @@ class FeatureSource:
     @cached_property
     def facts(self) -> Facts:
         """Its input, widths and weights' hash."""
-        key = (self.registry, self.spec.backbone, json.dumps(asdict(self.spec.weights), sort_keys=True))
+        weights = json.dumps(asdict(self.spec.weights), sort_keys=True)
+        key = (self.registry, self.spec.backbone, scale_of(self.spec.params), weights)
         if key not in _known:
             backbone = self.backbone
             _known[key] = Facts(backbone.input, Widths.of(backbone), hash_weights(backbone))

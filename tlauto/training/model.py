@@ -16,6 +16,8 @@ from tlauto.data import Dataset
 from tlauto.errors import TrialError
 from tlauto.levels import Level, Levelled, level_shape_of, width_of
 from tlauto.plugins import Registry
+from tlauto.recipe import scale_of
+from tlauto.scales import at_scale
 from tlauto.space import Scalar
 from tlauto.training.seeding import seed_everything
 from tlauto.training.tasks import find_task
@@ -219,14 +221,16 @@ def assemble(
 
 
 def load_backbone(spec: TrialSpec, registry: Registry, device: torch.device) -> Backbone:
-    """The trial's pretrained backbone on `device`, frozen.
+    """The trial's pretrained backbone on `device`, frozen, for images of the size that the trial asks for.
 
     Without pretrained weights its random initialisation is the same in every trial, whatever the
     trial's seed: features, checkpoints and heads of one trial then fit those of the next.
+    Raises: TrialError when it takes no images of that size.
     """
     seed_everything(0)
     provider = registry.provider(spec.backbone.partition(":")[0])
     backbone = provider.load(spec.backbone, spec.weights)
+    backbone = at_scale(backbone, scale_of(spec.params), id=spec.backbone)
     seed_everything(spec.seed)
     backbone.set_trainable(())
     backbone.set_training(False)

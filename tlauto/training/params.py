@@ -76,6 +76,7 @@ def read(spec: TrialSpec, strategy: FreezeStrategy, head: TaskHead, task: Task) 
     params = Params(spec.params)
     try:
         settings = _read(params, strategy, head, task)
+        params.take("image", recipe.IMAGE_SPACE)  # read where the backbone is loaded
         params.check_all_read()
     except ConfigError as error:
         raise TrialError(str(error)) from None
