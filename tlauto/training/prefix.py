@@ -285,12 +285,14 @@ def view_keys(items: Sequence[Item], view: int) -> np.ndarray:
 
 # --- whether it can be done -------------------------------------------------------------------------
 
-# Forms by weights, stage, kind and device, None where the halves are not the whole: proven once a process.
-_forms: dict[tuple[str, int, Kind, str], Form | None] = {}
+# Forms by weights, size, stage, kind and device, None where the halves are not the whole: proven once a
+# process.
+_forms: dict[tuple[str, int, int, Kind, str], Form | None] = {}
 
 
 def _proven(trial: Trial, split: Split, stage: int, kind: Kind) -> Form | None:
-    key = (trial.source.facts.weights, stage, kind, trial.device.type)
+    facts = trial.source.facts
+    key = (facts.weights, facts.input.size, stage, kind, trial.device.type)
     if key not in _forms:
         _forms[key] = _prove(trial.source.backbone, split, _some_images(trial), kind)
     return _forms[key]
