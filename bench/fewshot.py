@@ -17,6 +17,7 @@ from tlauto.contracts import TrialSpec, WeightsOptions
 from tlauto.data import Dataset, load_dataset
 from tlauto.errors import DataError
 from tlauto.plugins import registry
+from tlauto.recipe import SCALE
 from tlauto.training.features import FeatureSource
 from tlauto.training.linear import FOLDS, Problem, cross_validate
 from tlauto.training.model import BOUND, GRID, GRID_BOUND, Kind, Standardise
@@ -100,14 +101,19 @@ def draws(images: Images, count: int, draws: int) -> Iterator[Draw]:
 
 
 def extract(
-    images: Images, backbone: str, *, weights_dir: str | None, pretrained: bool = True, mirror: bool = False
-) -> Features:
-    """Each kind of features (N, D) that a backbone offers."""
+    images: Images, backbone: str, *, weights_dir: str | None, pretrained: bool = True, mirror: bool = False,
+    scale: float = 1.0,
+) -> Features:  # fmt: skip
+    """Each kind of features (N, D) that a backbone offers.
+
+    Args:
+        scale: of the images, over those that it was pretrained on.
+    """
     with tempfile.TemporaryDirectory() as folder:
         spec = TrialSpec(
             number=0, dataset="", task="multiclass", metric="accuracy", backbone=backbone,
-            strategy="feature_extraction", head="linear", params={}, seed=0, epochs=1, folder=folder,
-            weights=WeightsOptions({}, weights_dir, True, pretrained),
+            strategy="feature_extraction", head="linear", params={SCALE: scale}, seed=0, epochs=1,
+            folder=folder, weights=WeightsOptions({}, weights_dir, True, pretrained),
             cache=os.environ.get("TLAUTO_CACHE", folder),
         )  # fmt: skip
         source = FeatureSource(spec, registry(), images.dataset, torch.device("cpu"), mirror=mirror)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +310,24 @@ def test_a_search_tries_larger_images_once_and_is_the_same_again(
     assert rows[0] == rows[1]
     assert [scale for purpose, scale, *_ in rows[0] if purpose == "larger"] == [1.4]
     assert {scale for purpose, scale, *_ in rows[0] if purpose in ("probe", "default", "joined")} == {1.0}
+
+
+@pytest.mark.slow
+def test_a_study_from_before_there_was_a_scale_goes_on_with_it(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    data, out = make_patches(tmp_path / "patches", size=240), tmp_path / "runs"
+    before = tried(search(data, out, trials=9))
+    assert "larger" not in {purpose for purpose, *_ in before}, "a tenth of nine trials is none"
+    with closing(sqlite3.connect(out / "tlauto.db")) as database, database:
+        database.execute("DELETE FROM trial_params WHERE param_name = ?", (SCALE,))
+        ((plan,),) = database.execute("SELECT plan FROM tlauto_searches")
+        plan = json.loads(plan)
+        assert plan["choices"].pop(SCALE) == [1.0, 1.4]
+        database.execute("UPDATE tlauto_searches SET plan = ?", (json.dumps(plan),))
+    after = tried(search(data, out, trials=12))
+    assert [row[2] for row in after[:9]] == [row[2] for row in before], "the same study, not a new version"
+    assert [scale for purpose, scale, *_ in after if purpose == "larger"] == [1.4]
 
 
 @pytest.mark.slow
