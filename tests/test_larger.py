@@ -20,6 +20,7 @@ from tlauto.config import PRESETS
 from tlauto.contracts import BackboneInfo, WeightsStatus
 from tlauto.errors import ConfigError
 from tlauto.larger import larger_points, offered, proposable_scales
+from tlauto.levels import read_from
 from tlauto.pace import Sizes, affordable_epochs, feature_seconds, refit_seconds
 from tlauto.plugins import registry
 from tlauto.pool.protocol import Candidate, PreflightDone, decode, encode
@@ -136,6 +137,11 @@ def test_of_an_earlier_study_the_scale_is_taken_over_where_it_can_be() -> None:
 def test_who_is_in_a_hurry_keeps_to_the_size_of_the_pretraining() -> None:
     assert PRESETS["fast"].fixed[SCALE] == 1.0
     assert SCALE not in PRESETS["balanced"].fixed
+
+
+def test_what_is_said_of_a_head_names_the_size_where_it_is_another() -> None:
+    assert read_from("levels", mirror=True) == " on all stages, with mirror images"
+    assert read_from("pooled", scale=1.4) == ", images 1.4 times as large"
 
 
 def test_a_worker_says_who_can_be_resized() -> None:

@@ -50,13 +50,17 @@ def width_of(shape: tuple[Level, ...], *, kind: str) -> int:
     return sum(level.width if kind == "grid" else level.channels for level in shape)
 
 
-def read_from(features: str | None, *, mirror: object = False, beside: Sequence[str] = ()) -> str:
+def read_from(
+    features: str | None, *, mirror: object = False, beside: Sequence[str] = (), scale: float = 1.0
+) -> str:
     """What to say after the name of a head that reads more than a backbone's end; else nothing.
 
     Args:
         beside: ids of further backbones that it reads.
+        scale: of the images, over those that the backbone was pretrained on.
     """
     stages = {"levels": " on all stages", "grid": " on all stages, by quarters"}.get(features or "", "")
     more = ["with mirror images"] if mirror else []
     more += [f"with {' and '.join(beside)}"] if beside else []
+    more += [f"images {scale:g} times as large"] if scale != 1.0 else []
     return ", ".join([stages, *more])

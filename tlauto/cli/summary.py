@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tlauto.cli.progress import duration
 from tlauto.errors import StoreError
 from tlauto.levels import read_from
-from tlauto.recipe import beside
+from tlauto.recipe import beside, scale_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,7 +154,8 @@ def _print_end(console: Console, search: Search, rows: Sequence[Row]) -> None:
         return
     console.print()
     others = beside(best.params)
-    read = read_from(best.features, mirror=best.params.get("probe.mirror"), beside=others)
+    scale, mirror = scale_of(best.params), best.params.get("probe.mirror")
+    read = read_from(best.features, mirror=mirror, beside=others, scale=scale)
     what = f"{best.backbone}, {best.strategy}, {best.head}{read}"
     console.print(f"best      trial {best.number}: {what}", markup=False)
     console.print(f"score     {best.score:.3f} on held-out images", markup=False)
