@@ -24,7 +24,7 @@ from tlauto.levels import read_from
 from tlauto.pace import Sizes, affordable_epochs, feature_seconds, refit_seconds
 from tlauto.plugins import registry
 from tlauto.pool.protocol import Candidate, PreflightDone, decode, encode
-from tlauto.room import kind_of
+from tlauto.room import frozen_bytes, kind_of
 from tlauto.searchspace import SearchSpace
 from tlauto.study import TrialRecord
 from tlauto.warm import adapted
@@ -257,6 +257,7 @@ def test_memory_of_larger_images_is_learned_from_trials_of_their_kind() -> None:
     plain, larger = spec_of(params={"finetune.batch_size": 8}), spec_of(params={SCALE: 1.4})
     assert kind_of(plain) != kind_of(larger)
     assert kind_of(plain) == kind_of(spec_of(params={SCALE: 1.0})), "as trials before there was a scale"
+    assert frozen_bytes(larger) == pytest.approx(1.96 * frozen_bytes(plain))
 
 
 def test_others_that_are_read_beside_see_larger_images_too(make_plan: MakePlan) -> None:

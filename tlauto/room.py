@@ -22,8 +22,8 @@ SHARE = 0.9
 """Part of a GPU's memory that trials side by side may take: the rest is lost between their blocks."""
 
 FROZEN = 4 * 2**30
-"""Bytes of a GPU that a trial on cached features is taken to need until one like it was measured: at most
-1 GiB of features, twice while they are scaled, and a forward pass of 64 images when they are computed."""
+"""Such bytes where images are of the backbone's own size: at most 1 GiB of features, twice while they are
+scaled, and a forward pass of 64 images when they are computed."""
 
 ATTRIBUTE = "memory"
 """Under which a trial keeps what it took (`Took`)."""
@@ -105,6 +105,11 @@ def images_at_once(spec: TrialSpec, *, trains: bool) -> int:
     size = spec.params.get("finetune.batch_size", FINETUNE_SPACE["batch_size"].default)
     assert isinstance(size, (int, float))
     return int(size)
+
+
+def frozen_bytes(spec: TrialSpec) -> int:
+    """Bytes of a GPU that a trial on cached features is taken to need until one like it was measured."""
+    return round(FROZEN * scale_of(spec.params) ** 2)
 
 
 def taken(trials: Sequence[TrialRecord], kind: str) -> list[Took]:

@@ -15,7 +15,7 @@ from tlauto.loop import Job, Loop
 from tlauto.memory import FLOOR, available_bytes, memory_floor
 from tlauto.outcomes import fail, trains
 from tlauto.pool.protocol import RunTrial, StepTried, TryStep
-from tlauto.room import FROZEN, Verdict, images_at_once, judge, kind_of, refusal, room_beside, taken
+from tlauto.room import Verdict, frozen_bytes, images_at_once, judge, kind_of, refusal, room_beside, taken
 from tlauto.study import TrialRecord
 
 
@@ -49,7 +49,7 @@ def begin(loop: Loop, slot: str, spec: TrialSpec, trials: Sequence[TrialRecord])
     if verdict.bounds is not None and (verdict.bounds.is_exact or not is_gpu(slot)):
         job.needs = verdict.bounds.high
     elif is_gpu(slot):
-        job.may_try, job.needs = learns, None if learns else FROZEN
+        job.may_try, job.needs = learns, None if learns else frozen_bytes(job.spec)
     go_on(loop, slot)
 
 
