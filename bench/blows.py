@@ -188,9 +188,8 @@ def fill_disk(round: Round, chance: random.Random) -> None:
     """The disk is full; where no file system can be mounted, the coordinator's files may not grow."""
     left = chance.randint(0, 4) * ROOM
     if round.disk:
-        used = shutil.disk_usage(round.disk).used
-        resize(round.disk, used + left)
         disk = round.disk
+        leave(disk, left)
         round.undo.append(lambda: resize(disk, DISK))
     else:
         files = [file.stat().st_size for file in round.search.runs.glob("*.db*")]
@@ -282,6 +281,21 @@ def resize(folder: Path, size: int) -> None:
     """Change the size in bytes of a file system made by `mount`."""
     words = ["mount", "-o", f"remount,size={max(size, 4096)}", str(folder)]
     subprocess.run(words, check=True, capture_output=True)
+
+
+def leave(folder: Path, size: int, *, tries: int = 20) -> None:
+    """Leave so many bytes of a file system made by `mount`.
+
+    It refuses to be smaller than what is in it, which a search that goes on may have added to meanwhile.
+    """
+    for left in reversed(range(tries)):
+        try:
+            resize(folder, shutil.disk_usage(folder).used + size)
+        except subprocess.CalledProcessError:
+            if not left:
+                raise
+        else:
+            return
 
 
 def unmount(folder: Path) -> None:
