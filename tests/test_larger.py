@@ -26,7 +26,8 @@ from tlauto.plugins import registry
 from tlauto.pool.protocol import Candidate, PreflightDone, decode, encode
 from tlauto.room import frozen_bytes, kind_of
 from tlauto.searchspace import SearchSpace
-from tlauto.study import TrialRecord
+from tlauto.study import Study, TrialRecord
+from tlauto.tables import MEMORY
 from tlauto.warm import adapted
 
 __all__ = ["make_plan"]  # a fixture
@@ -207,6 +208,21 @@ def test_the_sampler_may_choose_them_while_there_is_time_for_their_features() ->
     assert scales(won, left=197.0) == (1.0, 1.4)
     assert scales(won, left=195.0) == (1.0,)
     assert scales(won, left=195.0, kept=BACKBONES[:1]) == (1.0, 1.4), "those are in the cache"
+
+
+@pytest.mark.parametrize("larger", [BACKBONES, BACKBONES[:2]])
+def test_the_sampler_keeps_to_the_scales_that_it_may_choose(larger: tuple[str, ...]) -> None:
+    space = space_of(*larger)
+    seen: list[Any] = []
+    with closing(Study(MEMORY, "s", seed=0, create=True)) as study:
+        for number in range(36):
+            kept = (1.0,) if number < 24 else (1.0, 1.4)
+            record = study.ask(space, kept={"backbone": BACKBONES[1:3], SCALE: kept})
+            assert (SCALE in record.params) is (record.params["backbone"] in larger)
+            seen.append(record.params.get(SCALE))
+            study.tell(record.number, 0.5 + 0.01 * (number % 7))
+    assert set(seen[:24]) - {None} == {1.0}
+    assert set(seen[24:]) - {None} == {1.0, 1.4}
 
 
 def test_a_plan_tries_mirror_images_then_several_backbones_then_larger_images(make_plan: MakePlan) -> None:
