@@ -19,7 +19,7 @@ from tlauto.candidates import find_candidates
 from tlauto.config import IDENTITY, SearchConfig, differences
 from tlauto.connections import sqlite_file
 from tlauto.contracts import BackboneInfo, FreezeStrategy, TaskHead
-from tlauto.data import Dataset, DoctorReport, load_dataset, memory_file
+from tlauto.data import Dataset, load_dataset, memory_file
 from tlauto.database import make_safe
 from tlauto.devices import cache_folder
 from tlauto.errors import ConfigError, DataError, StoreError, did_you_mean
@@ -32,6 +32,7 @@ from tlauto.memory import memory_floor
 from tlauto.pace import Sizes
 from tlauto.plugins import Registry, registry
 from tlauto.pool.base import Pool
+from tlauto.pool.protocol import Candidate
 from tlauto.schedule import Plan, counts
 from tlauto.searchspace import SearchSpace
 from tlauto.settling import settle_left
@@ -76,23 +77,20 @@ def open_session(config: SearchConfig, *, emit: Emit) -> Session:
         undo.callback(store.close)
         name = _study_name(config, store)
         stored = _stored(store, name, config)
-        dataset, examined = _read_data(config, store, name if stored else None, emit)
-        report = json.dumps(examined.to_json())
+        dataset, report, side = _read_data(config, store, name if stored else None, emit)
         metric, why = _metric(config, dataset)
         heads = _heads_for(dataset.task, heads, config)
-        _space(config, strategies, heads, {}, dataset.task)  # refuses a wrong --set before any worker starts
+        _space(config, strategies, heads, {}, dataset.task, side)  # refuses a wrong --set without a worker
         check_name(store.url, versioned(name, stored["version"] if stored else 1), create=not stored)
         pool = executor.open(dataclasses.replace(wanted, folder=out / name))
         undo.callback(pool.close)
         pool.warm_up(expected(config, pool.slots))  # while the first of them checks the backbones
         found = find_candidates(pool, config, stored["plan"] if stored else None, emit)
         infos = {id: candidate.info for id, candidate in found.items()}
-        space = _space(config, strategies, heads, infos, dataset.task)
-        space = dataclasses.replace(space, larger=offered(found, space.fixed, side=examined.shorter_side))
         before = choices_before(store.url, name, stored) if stored else {}
         plan = Plan(
             config=config,
-            space=space.ordered_like(before),
+            space=_space(config, strategies, heads, found, dataset.task, side).ordered_like(before),
             task=dataset.task,
             metric=metric,
             dataset_file=str(out / name / "dataset.json"),
@@ -148,13 +146,19 @@ def _heads_for(task: str, heads: Sequence[TaskHead], config: SearchConfig) -> li
 
 def _space(
     config: SearchConfig, strategies: Sequence[FreezeStrategy], heads: Sequence[TaskHead],
-    infos: Mapping[str, BackboneInfo], task: str,
+    found: Mapping[str, Candidate], task: str, side: int,
 ) -> SearchSpace:  # fmt: skip
-    """The space with the user's fixed values, and the preset's where they apply."""
-    parts = tuple(infos), tuple(strategies), tuple(heads), find_task(task).space
+    """The space with the user's fixed values, and the preset's where they apply.
+
+    Args:
+        found: the backbones; none before they are known.
+        side: median shorter side of the images, in pixels.
+    """
+    parts = tuple(found), tuple(strategies), tuple(heads), find_task(task).space
     known = SearchSpace(*parts, fixed={}).names
     preset = {name: value for name, value in config.recipe.fixed.items() if name in known}
-    return SearchSpace(*parts, fixed={**preset, **config.params})
+    fixed = {**preset, **config.params}
+    return SearchSpace(*parts, fixed=fixed, larger=offered(found, fixed, side=side))
 
 
 def _metric(config: SearchConfig, dataset: Dataset) -> tuple[str, str]:
@@ -239,8 +243,11 @@ def _check_fits(name: str, config: SearchConfig, old: SearchConfig) -> None:
 
 def _read_data(
     config: SearchConfig, store: Store, stored: str | None, emit: Emit
-) -> tuple[Dataset, DoctorReport]:
-    """The dataset and the doctor's report; on resume, the recorded split."""
+) -> tuple[Dataset, str, int]:
+    """The dataset, the doctor's report as JSON, and the median shorter side of the images in pixels.
+
+    On resume, the dataset has the recorded split.
+    """
     emit(Working("reading and checking the images"))
     dataset, report = load_dataset(
         config.data, task=config.task, seed=config.seed, allow_leaks=config.allow_leaks,
@@ -255,7 +262,7 @@ def _read_data(
         dataset = dataclasses.replace(Dataset.from_json(row["content"]), root=dataset.root)
     counts = {part: len(dataset.part(part)) for part in ("train", "val", "test")}
     emit(DataRead(dataset.task, len(dataset.classes), counts, report.unreadable, report.warnings))
-    return dataset, report
+    return dataset, json.dumps(report.to_json()), report.shorter_side
 
 
 def _past(
