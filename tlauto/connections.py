@@ -132,6 +132,11 @@ def tune_sqlite(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA foreign_keys=ON")
 
 
+def plain(text: str) -> str:
+    """Text as every database takes it: PostgreSQL stores no zero byte, none stores half a surrogate pair."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
 def explanation(url: str, error: BaseException) -> str:
     """One sentence on what a database said, without its password, and what to do."""
     driver = getattr(error, "orig", None) or error

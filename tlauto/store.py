@@ -18,6 +18,7 @@ from tlauto.connections import (
     explained,
     is_conflict,
     open_engine,
+    plain,
     sqlite_file,
     tune_sqlite,
     wait_for_restarts,
@@ -262,7 +263,7 @@ class Store:
 
     def fail_trial(self, study: str, number: int, *, kind: str, message: str, detail: str = "") -> None:
         """Record why a trial failed."""
-        values = {"error_kind": kind, "error": _plain(message), "detail": _plain(detail)}
+        values = {"error_kind": kind, "error": plain(message), "detail": plain(detail)}
         self._write(_changed(study, number).values(values))
 
     def trials(self, study: str) -> dict[int, dict[str, Any]]:
@@ -340,11 +341,6 @@ class Store:
         change = _searches.update().where(_searches.c.study == study, *conditions).values(**values)
         with self._writing() as connection:
             return connection.execute(change).rowcount > 0
-
-
-def _plain(text: str) -> str:
-    """Text as every database takes it: PostgreSQL stores no zero byte, none stores half a surrogate pair."""
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def _changed(study: str, number: int) -> sa.Update:
