@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from blows import BLOWS, Round, kill_node
 from ledger import DOUBLE, LOST, MISSED, Fault, Ledger, changes, faults
 from ray_cluster import Cluster, is_installed, running_cluster
-from searches import MARK, Search, gone_after
+from searches import MARK, Search, gone_after, marked
 from test_bench import script
 from tests_support import trial_spec
 
@@ -195,6 +196,8 @@ def round(tmp_path: Path) -> Round:
 def test_a_process_that_is_left_is_counted_and_ended(round: Round) -> None:
     env = {**os.environ, MARK: round.search.mark + "1"}
     left = subprocess.Popen(["sleep", "600"], env=env)
+    while not marked(round.search.mark):  # the kernel shows its environment a moment after it has begun
+        time.sleep(0.02)
     chaos.look_at_end(round, 0, left_s=0.2)
     assert [name for name, _ in round.faults] == [chaos.ORPHANS]
     assert left.wait(timeout=60) == -signal.SIGKILL
