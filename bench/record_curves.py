@@ -256,15 +256,18 @@ class Recorder:
         if spec.backbone not in known:
             known[spec.backbone] = seconds
             self.table.save(self.path)
+        mirrored = (row.params["backbone"] for row in self.table.rows if row.params.get("probe.mirror"))
+        if spec.backbone in mirrored:  # a trial has paid for them, if in another folder
+            self.features(spec, mirror=True)
         self.warmed.add(spec.backbone)
 
-    def features(self, spec: TrialSpec) -> float:
+    def features(self, spec: TrialSpec, *, mirror: bool = False) -> float:
         """Seconds to decode the images outside the test part and compute their features."""
         import torch
 
         from tlauto.training.features import FeatureSource
 
-        source = FeatureSource(spec, registry(), self.dataset, torch.device("cpu"))
+        source = FeatureSource(spec, registry(), self.dataset, torch.device("cpu"), mirror=mirror)
         _ = source.facts  # building it is not a part of that
         started = time.process_time()
         for part in ("train", "val"):

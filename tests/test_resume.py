@@ -99,9 +99,9 @@ def test_a_killed_search_goes_on_as_if_it_had_never_stopped(
     search = (*SEARCH, "--backbones", RESNET, "--heads", "linear,mlp", "--trials", "12")
     finished(*search, cwd=whole)
     killed("study", "enqueue_trial", "after", 1, *search, cwd=stopped)
-    killed("study", "tell", "after", 3, *search, cwd=stopped)
-    # Its result is in our tables by then, but not in Optuna's.
-    killed("study", "tell", "before", 7, *search, cwd=stopped)
+    # Results are in our tables by then, but not in Optuna's.
+    killed("storage", "set_trial_state_values", "before", 4, *search, cwd=stopped)
+    killed("storage", "set_trial_state_values", "before", 7, *search, cwd=stopped)
     (running,) = [trial for trial in trials(stopped) if trial.state == "running"]
     finished(*search, cwd=stopped)
     assert trials(stopped)[running.number].state == "complete"

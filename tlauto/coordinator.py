@@ -15,7 +15,7 @@ from tlauto.contracts import (
     TrialDone,
     spec_from_json,
 )
-from tlauto.errors import TrialError
+from tlauto.errors import StoreError, TrialError
 from tlauto.events import Emit, Said, TrialEnded, ignore
 from tlauto.joined import beside_of
 from tlauto.loop import Job, Loop
@@ -95,10 +95,13 @@ def _one_round(loop: Loop) -> Iterator[None]:
         # The store's part first: of what it has of a trial, the study may be told later (`settling`).
         with loop.session.study.together(), loop.session.store.together():
             yield
+    except StoreError:
+        said.clear()
+        raise
     finally:
         loop.emit = show
-    for event in said:
-        show(event)
+        for event in said:
+            show(event)
 
 
 def _fill(loop: Loop) -> None:
