@@ -222,19 +222,28 @@ class ReplayPool:
         self.rows: dict[int, Recorded] = {}
         self._events: deque[Event] = deque()
         self._running: _Running | None = None
+        self._is_over = False
 
     def send(self, slot: str, message: Message) -> None:
-        """Start a trial, or go on with it as it is answered. Raises: Ended when the time is up."""
+        """Start a trial, or go on with it as it is answered; one that may not begin is not answered."""
         match message:
             case RunTrial(spec):
-                self._start(spec)
+                try:
+                    self._start(spec)
+                except Ended:
+                    self._is_over = True
             case Answer(go_on) if self._running:
                 self._go_on(self._running, go_on)
             case WriteBundle():
                 self._say(BundleDone(message.folder, message.spec.number))
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """What was said since the last call."""
+        """What was said since the last call.
+
+        Raises: Ended when the time is up: here, where what was said before it is written and shown.
+        """
+        if self._is_over:
+            raise Ended
         events = list(self._events)
         self._events.clear()
         return events

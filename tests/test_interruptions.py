@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,25 @@ def test_a_worker_that_is_killed_during_the_refit_costs_nothing(
     assert searching.returncode == 0
     assert "the worker process ended with signal 9; what it did runs again" in said
     assert json.loads(run("show", "--json", cwd=tmp_path).stdout)["test"] is not None
+
+
+def test_what_the_study_cannot_be_told_is_not_shown_and_not_lost(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    make_patches(tmp_path / "patches")
+    args = ("search", "--data", "patches", *TINY, "--trials")
+    assert run(*args, "1", cwd=tmp_path).returncode == 0
+    refuse = """CREATE TRIGGER full BEFORE UPDATE ON trials WHEN NEW.state = 'COMPLETE'
+                BEGIN SELECT json('not JSON'); END"""
+    with closing(sqlite3.connect(tmp_path / "tlauto-runs" / "tlauto.db", isolation_level=None)) as database:
+        database.execute(refuse)
+    stopped = run(*args, "4", cwd=tmp_path)
+    assert stopped.returncode == 1
+    assert stopped.stderr.splitlines()[-1].startswith("error: "), stopped.stderr
+    assert "\n    1 " not in stopped.stderr
+    with closing(sqlite3.connect(tmp_path / "tlauto-runs" / "tlauto.db", isolation_level=None)) as database:
+        assert database.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone() == (1,)
+        database.execute("DROP TRIGGER full")
+    assert run(*args, "4", cwd=tmp_path).returncode == 0
+    states = [row["state"] for row in leaderboard(tmp_path)]
+    assert states.count("failed") == 0 and len(states) == 4

@@ -9,20 +9,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from tests_support import TINY, command, environment, leaderboard, wait_for, wait_until_served
+from tests_support import TINY, command, environment, leaderboard, run, wait_for, wait_until_served
 
-TRIALS = 16
-SEARCH = ("search", "--data", "patches", *TINY, "--strategies", "feature_extraction", "--heads", "linear")
+FIRST, TRIALS = 2, 16
+SEARCH = ("search", "--data", "patches", *TINY, "--strategies", "full", "--heads", "linear")
+READERS = ("optuna", "optuna-too", "one-connection", "tlauto", "page")
 
 LOOP = """
 import sys, threading
 done = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
-states, reads = set(), 0
+states, ended = set(), set()
 while not done.wait(0.2):
-    states |= set(read())
-    reads += 1
-print(reads, *sorted(states))
+    seen = read()
+    states |= set(seen)
+    ended.add(seen.count("COMPLETE"))
+    print("reading", flush=True)
+print(len(ended), *sorted(states))
 """
 
 OPTUNA = """
@@ -92,20 +95,22 @@ def read(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..., P
     """A workspace that was searched while the dashboard and five programs read it; their logs lie in it."""
     folder = tmp_path_factory.mktemp("read")
     make_patches(folder / "patches", per_class=6, classes=2)
+    first = run(*SEARCH, "--trials", str(FIRST), cwd=folder)
+    assert first.returncode == 0, first.stderr
     with ExitStack() as ending:
-        search = ending.enter_context(started(command(*SEARCH, "--trials", str(TRIALS)), folder, "search"))
-        wait_for(folder / "search.log", r"score +accuracy", search)
         served = ending.enter_context(started(command("dashboard", "--port", "0"), folder, "dashboard"))
         port = wait_for(folder / "dashboard.log", r"http://127\.0\.0\.1:(\d+) ", served)[1]
         wait_until_served(int(port))
-        programs = {
-            "optuna": OPTUNA, "optuna-too": OPTUNA, "one-connection": ONE_CONNECTION, "tlauto": TLAUTO,
-            "page": f"PORT = {port}\n{DASHBOARD}",
-        }  # fmt: skip
+        programs = dict(
+            zip(READERS, (OPTUNA, OPTUNA, ONE_CONNECTION, TLAUTO, f"PORT = {port}\n{DASHBOARD}"), strict=True)
+        )
         readers = {
             name: ending.enter_context(started([sys.executable, "-c", code + LOOP], folder, name))
             for name, code in programs.items()
         }
+        for name, reader in readers.items():
+            wait_for(folder / f"{name}.log", "reading", reader)
+        search = ending.enter_context(started(command(*SEARCH, "--trials", str(TRIALS)), folder, "search"))
         assert search.wait(timeout=500) == 0, (folder / "search.log").read_text()
         for reader in readers.values():
             reader.communicate(timeout=120)
@@ -121,10 +126,10 @@ def test_no_trial_fails_while_others_read(read: Path) -> None:
     assert {row["state"] for row in rows} == {"complete"}
 
 
-@pytest.mark.parametrize("name", ["optuna", "optuna-too", "one-connection", "tlauto", "page"])
+@pytest.mark.parametrize("name", READERS)
 def test_a_reader_sees_the_trials_come(read: Path, name: str) -> None:
-    reads, *states = (read / f"{name}.log").read_text().split()
-    assert int(reads) > 1
+    counts, *states = (read / f"{name}.log").read_text().splitlines()[-1].split()
+    assert int(counts) > 2, "none was seen between the first search's trials and the last"
     assert "COMPLETE" in states and "FAIL" not in states and "FAILED" not in states
 
 

@@ -15,7 +15,7 @@ from tlauto.contracts import (
     TrialDone,
     spec_from_json,
 )
-from tlauto.errors import StoreError, TrialError
+from tlauto.errors import TrialError
 from tlauto.events import Emit, Said, TrialEnded, ignore
 from tlauto.joined import beside_of
 from tlauto.loop import Job, Loop
@@ -87,7 +87,7 @@ def _one_round(loop: Loop) -> Iterator[None]:
     """Write what happens within the block in one transaction at its end, and only then show it.
 
     Workers have their next trials by then, and are at work while it is written. Of a search that is killed
-    before it is, results are in the store, and a trial that nobody knows of begins anew.
+    before it is, or cannot write it, a trial that nobody knows of begins anew.
     """
     show, said = loop.emit, list[object]()
     loop.emit = said.append
@@ -95,13 +95,10 @@ def _one_round(loop: Loop) -> Iterator[None]:
         # The store's part first: of what it has of a trial, the study may be told later (`settling`).
         with loop.session.study.together(), loop.session.store.together():
             yield
-    except StoreError:
-        said.clear()
-        raise
     finally:
         loop.emit = show
-        for event in said:
-            show(event)
+    for event in said:
+        show(event)
 
 
 def _fill(loop: Loop) -> None:
