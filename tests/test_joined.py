@@ -17,11 +17,12 @@ from test_schedule import MakePlan, make_plan, trial, write_checkpoint
 from tests_support import leaderboard, run
 
 import tlauto
+from tlauto.again import Screening, joined_points
 from tlauto.builtin.tasks import task
 from tlauto.config import PRESETS
 from tlauto.contracts import EpochResult, TrialDone
 from tlauto.errors import ConfigError
-from tlauto.joined import backbones_of, joined_points, partners
+from tlauto.joined import backbones_of, partners
 from tlauto.pace import Sizes, refit_seconds
 from tlauto.plugins import registry
 from tlauto.results.ensemble import candidates
@@ -62,9 +63,15 @@ def ranked(trials: list[TrialRecord]) -> list[TrialRecord]:
     return sorted(trials, key=lambda t: -(t.score or 0.0))
 
 
-def points(trials: list[TrialRecord], space: SearchSpace | None = None, **given: Any) -> list[dict[str, Any]]:
-    best = ranked([t for t in trials if t.state == "complete"])
-    return joined_points(space or space_of(), trials, best, **{"most_trials": 30, **given})
+def points(
+    trials: list[TrialRecord],
+    space: SearchSpace | None = None,
+    *,
+    most_trials: int | None = 30,
+    since: int = 0,
+) -> list[dict[str, Any]]:
+    best, sizes = ranked([t for t in trials if t.state == "complete"]), Sizes(80, 20, 20)
+    return joined_points(Screening(space or space_of(), trials, best, sizes, None, most_trials, since))
 
 
 def proposed(backbone: str = "timm:a", joined: int = 3, **attrs: Any) -> TrialRecord:

@@ -15,11 +15,12 @@ from test_schedule import MakePlan, make_plan, trial, write_checkpoint
 from tests_support import run, spec_of
 
 import tlauto
+from tlauto.again import LARGER, Screening
 from tlauto.builtin.tasks import task
 from tlauto.config import PRESETS
 from tlauto.contracts import BackboneInfo, WeightsStatus
 from tlauto.errors import ConfigError
-from tlauto.larger import larger_points, offered, proposable_scales
+from tlauto.larger import offered, proposable_scales
 from tlauto.levels import read_from
 from tlauto.pace import Sizes, affordable_epochs, feature_seconds, refit_seconds
 from tlauto.plugins import registry
@@ -66,14 +67,13 @@ def points(trials: list[TrialRecord], **changes: Any) -> list[dict[str, Any]]:
     given = {"sizes": SIZES, "left": None, "most_trials": 30, **changes}
     space = given.pop("space", space_of())
     ranked = [t for t in trials if t.state == "complete" and t.attrs["purpose"] == "probe"]
-    return larger_points(space, trials, ranked, **given)
+    return Screening(space, trials, ranked, **given).points(LARGER, among=space.larger)
 
 
 def scales(trials: list[TrialRecord], **changes: Any) -> tuple[float, ...]:
-    given = {"kept": BACKBONES[:2], "sizes": SIZES, "left": None, **changes}
-    space = given.pop("space", space_of())
+    space, kept = changes.get("space", space_of()), changes.get("kept", BACKBONES[:2])
     ranked = [t for t in trials if t.state == "complete" and t.attrs["purpose"] == "probe"]
-    return proposable_scales(space, trials, ranked, **given)
+    return proposable_scales(Screening(space, trials, ranked, SIZES, changes.get("left"), 30), kept=kept)
 
 
 def candidates(*sizes: int, unable: tuple[int, ...] = ()) -> dict[str, Candidate]:

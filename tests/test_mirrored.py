@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 import tlauto
+from tlauto.again import MIRRORED, Screening
 from tlauto.builtin.tasks import task
-from tlauto.mirrored import mirror_points
 from tlauto.pace import Sizes
 from tlauto.plugins import registry
 from tlauto.searchspace import SearchSpace
@@ -40,7 +40,8 @@ def probes(seconds: float = 10.0, **changes: Any) -> list[TrialRecord]:
 def points(trials: list[TrialRecord], **changes: Any) -> list[dict[str, Any]]:
     given = {"sizes": SIZES, "left": None, "most_trials": 30, **changes}
     space = given.pop("space", space_of())
-    return mirror_points(space, trials, [t for t in trials if t.state == "complete"], **given)
+    ranked = [t for t in trials if t.state == "complete"]
+    return Screening(space, trials, ranked, **given).points(MIRRORED)
 
 
 def test_the_three_best_probes_are_tried_again_and_differ_in_that_alone() -> None:

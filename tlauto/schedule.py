@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tlauto import joined, larger, metrics, mirrored
+from tlauto import joined, metrics
+from tlauto.again import LARGER, MIRRORED, Screening, joined_points
 from tlauto.allocation import cost_of, pick_next
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
-from tlauto.joined import is_joined, joined_points, partners
-from tlauto.larger import larger_points, proposable_scales
-from tlauto.mirrored import mirror_points
+from tlauto.joined import is_joined, partners
+from tlauto.larger import proposable_scales
 from tlauto.pace import (
     FEWEST_EPOCHS,
     FEWEST_IMAGES,
@@ -136,14 +136,16 @@ class Plan:
         Args:
             left: as for `spec`.
         """
-        ranked, most, since = ranked_probes(trials), self.config.max_trials, self.begun.trials
-        known = self.space, trials, ranked
-        if found := mirror_points(*known, sizes=self.sizes, left=left, most_trials=most, since=since):
-            return found, mirrored.PURPOSE
-        if found := joined_points(*known, most_trials=most, since=since):
+        screening = self._screening(trials, left)
+        if found := screening.points(MIRRORED):
+            return found, MIRRORED.purpose
+        if found := joined_points(screening):
             return found, joined.PURPOSE
-        found = larger_points(*known, sizes=self.sizes, left=left, most_trials=most, since=since)
-        return found, larger.PURPOSE
+        return screening.points(LARGER, among=self.space.larger), LARGER.purpose
+
+    def _screening(self, trials: Sequence[TrialRecord], left: float | None) -> Screening:
+        most, since = self.config.max_trials, self.begun.trials
+        return Screening(self.space, trials, ranked_probes(trials), self.sizes, left, most, since)
 
     def default_recipe(self) -> dict[str, Scalar]:
         """What one would do without a search: fine-tune the best-known backbone, on a CPU its last stages."""
@@ -180,9 +182,7 @@ class Plan:
         costs = {s.name: cost_of(s, self.device) for s in self.space.strategies if s.name in affordable}
         seed, most = f"{self.config.seed}/strategy", self.config.max_trials
         picked = pick_next(trials, costs, kept, seed=seed, most=most, slots=self.slots)
-        scales = proposable_scales(
-            self.space, trials, ranked_probes(trials), kept=kept, sizes=self.sizes, left=left
-        )
+        scales = proposable_scales(self._screening(trials, left), kept=kept)
         return {"backbone": kept, "strategy": (picked,), SCALE: scales}
 
     def spec(
