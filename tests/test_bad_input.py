@@ -341,6 +341,34 @@ def test_a_machine_without_memory_for_another_library_is_a_sentence(tmp_path: Pa
     assert done.stderr == "error: no memory is left; end other programs, or use fewer --workers\n"
 
 
+FAILED_IN_C = """
+import resource
+from pathlib import Path
+import tlauto.cli
+
+def fail(**_):
+    raise SystemError("error return without exception set")
+
+tlauto.cli.app.main = fail
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+if {is_starved}:
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+tlauto.cli.main([])
+"""
+"""What Python's import raised in a search without memory; who has memory is to see where it comes from."""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads its size in /proc")
+@pytest.mark.parametrize("is_starved", [True, False])
+def test_a_failure_that_python_cannot_name_is_a_sentence_only_without_memory(is_starved: bool) -> None:
+    code = FAILED_IN_C.format(is_starved=is_starved)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = "error: no memory is left; end other programs, or use fewer --workers\n"
+    assert (done.stderr == said) is is_starved
+    assert ("Traceback" in done.stderr) is not is_starved
+
+
 LATE = """
 import os, signal, tlauto.cli
 class Late:

@@ -55,6 +55,12 @@ class LazyGroup(click.Group):
 NO_ROOM = re.compile("failed to map segment|cannot (allocate memory|create shared object)", re.IGNORECASE)
 """What the system's loader says when there is no memory for a library that is imported late."""
 
+UNSAID = re.compile("without (exception set|setting an exception)")
+"""What Python says when something in C failed and did not tell what: without memory, or by mistake."""
+
+PROBE = 2**26
+"""Bytes that can be had where memory is not what is missing."""
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tlauto", prog_name="tlauto")
@@ -84,8 +90,8 @@ def main(args: Sequence[str] | None = None) -> None:
         # The reader (head, less) went away: not an error of ours.
         sys.stderr.close()
         sys.exit(0)
-    except (MemoryError, ImportError) as error:
-        if isinstance(error, ImportError) and not NO_ROOM.search(str(error)):
+    except (MemoryError, ImportError, SystemError) as error:
+        if not _lacks_memory(error):
             raise
         click.echo("error: no memory is left; end other programs, or use fewer --workers", err=True)
         sys.exit(1)
@@ -99,3 +105,17 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _lacks_memory(error: MemoryError | ImportError | SystemError) -> bool:
+    if isinstance(error, SystemError):
+        return bool(UNSAID.search(str(error))) and not _can_have(PROBE)
+    return isinstance(error, MemoryError) or bool(NO_ROOM.search(str(error)))
+
+
+def _can_have(size: int) -> bool:
+    try:
+        bytearray(size)
+    except MemoryError:
+        return False
+    return True
