@@ -157,6 +157,14 @@ def test_a_full_disk_is_one_sentence(finished: Path) -> None:
     assert "No space left on device" in done.stderr
 
 
+def test_who_closed_standard_output_sees_no_traceback(finished: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command("leaderboard")],
+        cwd=finished, env=environment(finished), stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_search_that_cannot_begin_gives_its_study_up(workspace: Path) -> None:
     file = workspace / "tlauto-runs/images/dataset.json"
     file.unlink()

@@ -56,7 +56,7 @@ def _rules() -> dict[str, Rule]:
     )
     rules["tables"] = Rule(BELOW_2 | {"connections", "writethrough"}, frozenset({"optuna"}))
     rules["versions"] = Rule(BELOW_2 | {"study", "tables"}, frozenset({"optuna"}))
-    rules["writethrough"] = Rule(BELOW_2 | {"rows"}, frozenset({"optuna", "sqlalchemy"}))
+    rules["writethrough"] = Rule(BELOW_2 | {"connections", "rows"}, frozenset({"optuna", "sqlalchemy"}))
     rules["rows"] = Rule(BELOW_2, frozenset({"optuna", "sqlalchemy"}))
     rules["sampler"] = Rule(BELOW_2, frozenset({"optuna", "numpy"}))
     rules |= dict.fromkeys(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -119,3 +121,38 @@ def test_a_trial_that_another_program_ended_is_refused_in_a_sentence(url: str, a
             study.note(number, seconds=1.0) if ask else study.tell(number, 0.7)
         with opened(url) as theirs:
             assert [trial.value for trial in theirs.get_all_trials(1)] == [0.5]
+
+
+def test_what_the_server_undid_because_two_waited_for_each_other_is_written_again() -> None:
+    psycopg = pytest.importorskip("psycopg")
+    with ExitStack() as stack:
+        url = stack.enter_context(postgres()).make_database("rows")
+        study = stack.enter_context(closing(Study(url, "s", seed=1, create=True)))
+        numbers = [study.ask(make_space()).number for _ in range(2)]
+        theirs = stack.enter_context(closing(psycopg.connect(url.replace("+psycopg", ""))))
+        theirs.execute("SELECT * FROM trials WHERE number = 1 FOR UPDATE")
+
+        def wait_for_ours() -> None:
+            """Ask for the trial that the study has when it waits for ours."""
+            while not theirs.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchall():
+                time.sleep(0.01)
+            theirs.execute("SELECT * FROM trials WHERE number = 0 FOR UPDATE")
+            theirs.commit()
+
+        undone: list[BaseException] = []
+        engine = study._storage.engine
+        sqlalchemy.event.listen(engine, "handle_error", lambda met: undone.append(met.original_exception))
+        with ThreadPoolExecutor() as threads:
+            waits = threads.submit(wait_for_ours)
+            with study.together():
+                for number in numbers:
+                    study.note(number, seconds=1.0)
+                study.tell(0, 0.5)
+                third = study.ask(make_space()).number
+            waits.result()
+        assert [error.sqlstate for error in undone if isinstance(error, psycopg.Error)] == ["40P01"]
+        with opened(url) as storage:
+            found = storage.get_all_trials(storage.get_study_id_from_name("s"))
+        assert [trial.user_attrs.get("seconds") for trial in found] == [1.0, 1.0, None]
+        assert [trial.number for trial in found] == [*numbers, third] == [0, 1, 2]
+        assert found[0].value == 0.5

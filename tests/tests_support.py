@@ -40,7 +40,8 @@ def command(*args: str) -> list[str]:
 
 def environment(folder: Path) -> dict[str, str]:
     """An environment whose caches lie in `folder`, with no setting of the user's."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("TLAUTO_")}
+    # With PYTHONUNBUFFERED set, what is printed does not wait for the end, where a full disk shows again.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TLAUTO_") and k != "PYTHONUNBUFFERED"}
     homes = {"TLAUTO_CACHE": "cache", "KERAS_HOME": "keras", "TORCH_HOME": "torch", "HF_HOME": "hf"}
     return {
         **kept,

@@ -24,6 +24,9 @@ PATIENCE_S = 30.0
 LIBPQ = {"connect_timeout": 10, "tcp_user_timeout": 30_000, "keepalives_idle": 30}
 """PostgreSQL's limits in s, ms and s, so that a machine that vanished is noticed; the URL may say others."""
 
+DEADLOCK = "40P01"
+"""PostgreSQL's code for it; psycopg calls it `sqlstate`, psycopg2 `pgcode`."""
+
 GOES_ON = "the same command goes on"
 RESTORED = "the next 'tlauto search' restores it from its backup, if it has one; or use another --out"
 
@@ -150,6 +153,15 @@ def explanation(url: str, error: BaseException) -> str:
 def is_conflict(error: BaseException | None) -> bool:
     """Whether somebody else made, changed or deleted the record or table that was to be written."""
     return isinstance(error, sa.exc.IntegrityError) or "already exists" in str(error)
+
+
+def is_deadlock(error: BaseException) -> bool:
+    """Whether PostgreSQL undid a transaction because it and another waited for each other."""
+    for one in (error, error.__cause__):
+        driver = getattr(one, "orig", None)
+        if DEADLOCK in (getattr(driver, "sqlstate", None), getattr(driver, "pgcode", None)):
+            return True
+    return False
 
 
 @contextmanager

@@ -12,7 +12,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import orm
 
+from tlauto.connections import is_deadlock
 from tlauto.rows import Rows
+
+TRIES = 5
+"""How often changes are written that the database undid since another program, such as one that deletes the
+study, waited for them and they for it."""
 
 
 class _Session(orm.Session):
@@ -172,6 +177,16 @@ class WriteThrough(InMemoryStorage):
             self._new.append(write)
 
     def _write(self) -> None:
+        for tries_left in reversed(range(TRIES)):
+            known = len(self._trial_ids)
+            try:
+                return self._write_once()
+            except Exception as error:
+                del self._trial_ids[known:]
+                if not tries_left or not is_deadlock(error):
+                    raise
+
+    def _write_once(self) -> None:
         session = self._sessions()
         session.is_held = True
         try:

@@ -75,6 +75,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit 1 on an error of ours, 2 on wrong usage, 130 when interrupted."""
     # Threads that wait for each other by spinning make a small network ten times as slow beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Python has none where the caller closed it (`>&-`).
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     # What is done is done: Ctrl-C while Python clears up would end it as if the search had been cut off.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
@@ -100,6 +103,7 @@ def main(args: Sequence[str] | None = None) -> None:
         what = f"cannot use {error.filename}" if error.filename else "cannot read or write"
         reason = error.strerror or str(error)
         click.echo(f"error: {what}: {reason}; check the path, its permissions and the free space", err=True)
+        _forget_unwritten()
         sys.exit(1)
     except click.ClickException as error:
         error.show()
@@ -119,3 +123,12 @@ def _can_have(size: int) -> bool:
     except MemoryError:
         return False
     return True
+
+
+def _forget_unwritten() -> None:
+    """Let Python end without what standard output cannot take; at its end that would be a second error."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
