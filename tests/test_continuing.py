@@ -83,6 +83,7 @@ def test_a_paused_trial_is_promoted_and_goes_on_where_it_stopped(tmp_path: Path)
     assert found["score"] == found["recorded"]
 
 
+@pytest.mark.slow
 def test_the_worse_half_is_paused_but_never_the_default_recipe(tmp_path: Path) -> None:
     noisy(tmp_path / "patches")
     done = run(*SEARCH, "--strategies", "full", "--trials", "10", "--seed", "1", cwd=tmp_path)

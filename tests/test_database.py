@@ -240,6 +240,7 @@ def test_a_folder_in_memory_is_local_and_a_system_without_mount_table_is_not_kno
 # --- whole searches -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_the_backup_of_a_damaged_database(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

@@ -196,6 +196,7 @@ def test_a_trial_that_takes_too_long_ends_and_is_not_tried_again(place: Place) -
     assert not row["retried"] and row["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_failures_in_a_row_end_the_search_and_the_same_command_goes_on(place: Place) -> None:
     before = place.counted
     for head in ("raises", "raises", "diverges", "linear"):

@@ -153,6 +153,7 @@ def test_with_cold_and_in_an_empty_workspace_a_search_is_the_same(workspace: Pat
         search(workspace, "two", trials=9)
 
 
+@pytest.mark.slow
 def test_cold_is_a_flag(workspace: Path) -> None:
     arguments = (
         "search", "--data", "two", "--out", "runs", "--trials", "4", "--strategies", "feature_extraction",
@@ -354,6 +355,7 @@ def record_study(folder: Path, name: str, scores: Mapping[str, float]) -> None:
         store.release(name, state="finished")
 
 
+@pytest.mark.slow
 def test_a_backbone_that_is_first_on_every_dataset_is_noted_once(workspace: Path) -> None:
     # The path of penalties reads the corners off the first one's features, and off no other's.
     names = tuple(f"timm:test_{name}.r160_in1k" for name in ("resnet", "vit", "vit2"))

@@ -54,6 +54,7 @@ linux_only = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @linux_only
 def test_killed_workers_trial_runs_again_and_counts_once(
     searching: subprocess.Popen[str], tmp_path: Path
@@ -113,6 +114,7 @@ def test_interrupting_keeps_everything_and_leaves_the_best_model(
     assert run("predict", shown["model"], str(photo), cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 @linux_only
 def test_a_worker_that_is_killed_during_the_refit_costs_nothing(
     searching: subprocess.Popen[str], tmp_path: Path

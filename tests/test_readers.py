@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tests_support import TINY, command, environment, leaderboard, run, wait_for, wait_until_served
 
+pytestmark = pytest.mark.slow
+
 FIRST, TRIALS = 2, 16
 SEARCH = ("search", "--data", "patches", *TINY, "--strategies", "full", "--heads", "linear")
 READERS = ("optuna", "optuna-too", "one-connection", "tlauto", "page")

@@ -267,6 +267,7 @@ def test_backbones_of_providers_that_were_installed_since_are_found() -> None:
     assert not [event for event in said if isinstance(event, Said)]
 
 
+@pytest.mark.slow
 def test_two_searches_share_a_workspace(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
     make_patches(tmp_path / "patches")
     searches = [

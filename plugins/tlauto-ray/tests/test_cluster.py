@@ -121,6 +121,7 @@ def test_a_workspace_on_another_disk_is_noticed(tmp_path: Path) -> None:
     assert Host().look(there)[1] == ""
 
 
+@pytest.mark.slow
 def test_a_search_outlives_a_node(nodes: Nodes, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     with search(nodes, tmp_path, "--trials", "2", "--ensemble", "1", "--json") as process:
