@@ -59,11 +59,7 @@ LEFT_S = 10.0
 """Seconds in which what a killed search leaves behind must have ended."""
 
 ORPHANS = "chaos_orphans"
-ENDS = "chaos_bad_ends"
-FIGURES = (LOST, DOUBLE, ORPHANS, MISSED, ENDS)
-ONCE = (MISSED, ENDS)
-"""Figures that count rounds, not what is wrong with them."""
-
+FIGURES = (LOST, DOUBLE, ORPHANS, MISSED)
 QUICK_S = 220.0
 TRACEBACK = "Traceback (most recent call last)"
 OURS = "in main\n"
@@ -201,14 +197,14 @@ def look_at_end(round: Round, code: int | None, *, left_s: float = LEFT_S) -> No
         round.codes.clear()
         return
     if TRACEBACK in said and (OURS in said or "KeyboardInterrupt" not in said):
-        round.faults.append((ENDS, f"start {search.starts} ended in a traceback: {said[-600:]}"))
-    if code is None:
-        what = f"start {search.starts} had to be killed after {LONGEST_S:.0f} s: {said[-600:]}"
-        round.faults.append((MISSED, what))
-    elif code not in {0, 1, *round.codes}:
-        round.faults.append((ENDS, f"start {search.starts} ended with code {code}: {said[-600:]}"))
+        round.faults.append((MISSED, f"start {search.starts} ended in a traceback: {said[-600:]}"))
+    if code not in {0, 1, *round.codes}:
+        what = f"had to be killed after {LONGEST_S:.0f} s" if code is None else f"ended with code {code}"
+        round.faults.append((MISSED, f"start {search.starts} {what}: {said[-600:]}"))
     if code == 1 and "error: " not in said:
-        round.faults.append((ENDS, f"start {search.starts} ended with code 1 and no sentence: {said[-300:]}"))
+        round.faults.append(
+            (MISSED, f"start {search.starts} ended with code 1 and no sentence: {said[-300:]}")
+        )
     round.codes.clear()
 
 
@@ -288,9 +284,9 @@ def _leave_nothing(chaos: Chaos) -> NoReturn:
 
 
 def _counted(found: list[Fault]) -> list[str]:
-    """Each fault's figure, those of `ONCE` once."""
+    """Each fault's figure; a round misses its total once, whatever else is wrong with it."""
     names = [name for name, _ in found]
-    return [name for name in names if name not in ONCE] + [name for name in ONCE if name in names]
+    return [name for name in names if name != MISSED] + [MISSED] * (MISSED in names)
 
 
 def _mounts_of_our_own() -> bool:
