@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -112,6 +113,25 @@ def test_interrupting_keeps_everything_and_leaves_the_best_model(
     assert shown["test"] is None
     photo = next((tmp_path / "patches" / "red").iterdir())
     assert run("predict", shown["model"], str(photo), cwd=tmp_path).returncode == 0
+
+
+@linux_only
+def test_a_coordinator_that_gets_no_more_memory_says_so_and_the_search_goes_on(
+    searching: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    wait_for(searching, "best ")
+    workers = children(searching.pid)
+    pages = int(Path(f"/proc/{searching.pid}/statm").read_text().split()[0])
+    # Enough for another round, but not what is asked for before one.
+    most = pages * resource.getpagesize() + 4 * 2**20
+    resource.prlimit(searching.pid, resource.RLIMIT_AS, (most, most))
+    _, said = searching.communicate(timeout=60)
+    assert searching.returncode == 1
+    errors = [line for line in said.splitlines() if "error" in line or "Traceback" in line]
+    assert errors == ["error: no memory is left; end other programs, or use fewer --workers"]
+    assert gone(workers, within_s=10)
+    assert run("search", "--data", "patches", *TINY, "--trials", "12", cwd=tmp_path).returncode == 0
+    assert sum(row["state"] != "failed" for row in leaderboard(tmp_path)) == 12
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 from tlauto.config import SearchConfig
 from tlauto.errors import TlautoError, UnknownNameError, WeightsError
 from tlauto.events import Emit, Said, Working
+from tlauto.memory import require_room
 from tlauto.plugins import registry
 from tlauto.pool.base import Event, Pool
 from tlauto.pool.protocol import Candidate, JobFailed, Note, Preflight, PreflightDone
@@ -103,6 +104,7 @@ def _answer(pool: Pool, slot: str, emit: Emit) -> PreflightDone | Event:
     """What comes of a slot's job: its result, or the end of its worker."""
     deadline = time.monotonic() + PREFLIGHT_TIMEOUT_S
     while time.monotonic() < deadline:
+        require_room()
         for event in pool.wait(1.0):
             match event.message:
                 case PreflightDone():

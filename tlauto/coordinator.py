@@ -19,6 +19,7 @@ from tlauto.errors import TrialError
 from tlauto.events import Emit, Said, TrialEnded, ignore
 from tlauto.joined import beside_of
 from tlauto.loop import Job, Loop
+from tlauto.memory import require_room
 from tlauto.outcomes import handle, stop_slow
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import BundleDone, JobFailed
@@ -75,6 +76,7 @@ def _search(loop: Loop) -> None:
             break
         _save_time(loop, every_s=5.0)
         events = session.pool.wait(0.25)
+        require_room()
     _cut_off(loop)
     if loop.hopeless:
         _leave_best(loop)
@@ -114,6 +116,7 @@ def _fill(loop: Loop) -> None:
 
 
 def _propose(loop: Loop, slot: str) -> None:
+    require_room()
     session = loop.session
     trials, left = session.study.trials(), loop.seconds_left()
     kept = session.plan.proposable(trials, left)

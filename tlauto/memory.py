@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 from pathlib import Path
@@ -14,6 +15,22 @@ DEFAULT_FLOOR = 1_000_000_000
 
 CONTEXT = 600 * 2**20
 """Bytes of a GPU that a process takes besides its tensors, for kernels and libraries: an estimate."""
+
+
+ROOM = 16 * 2**20
+"""Bytes that the coordinator must be able to get for its next round; one takes far less."""
+
+
+def require_room() -> None:
+    """Raise MemoryError unless `ROOM` bytes could be had now; nothing is kept of them.
+
+    Where memory is limited (`ulimit -v`, no overcommitment), a search ends here between two rounds, rather
+    than anywhere within one: not every library's native code survives an allocation that is refused.
+    """
+    try:
+        mmap.mmap(-1, ROOM).close()
+    except OSError as error:
+        raise MemoryError(f"no {ROOM // 2**20} MiB are left") from error
 
 
 def memory_floor() -> int:

@@ -15,6 +15,7 @@ from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, spe
 from tlauto.devices import AUTO, device_of
 from tlauto.errors import TlautoError, TrialError
 from tlauto.events import Emit, Said, Working
+from tlauto.memory import require_room
 from tlauto.pace import MEMBER_SHARE, PROBE_STRATEGY, refit_seconds
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Message, Note, RunTrial, WriteBundle
@@ -284,6 +285,7 @@ def _run(
             for slot in busy:
                 pool.kill(slot)
             return results
+        require_room()
         for event in pool.wait(0.25):
             if event.slot not in busy:
                 continue
