@@ -48,21 +48,21 @@ class Axes:
         return None if rows is None else rows + self.basis.nbytes
 
     def inwards(self, heads: torch.Tensor) -> torch.Tensor:
-        """Heads (B, D, K) in the coordinates (B, W, K) of the rows."""
-        return self.basis.T @ heads if self.is_rotated else heads
+        """Heads (B, K, D) in the coordinates (B, K, W) of the rows."""
+        return heads @ self.basis if self.is_rotated else heads
 
     def outwards(self, heads: torch.Tensor) -> torch.Tensor:
         """The reverse."""
-        return self.basis @ heads if self.is_rotated else heads
+        return heads @ self.basis.T if self.is_rotated else heads
 
     def stretched(self, heads: torch.Tensor, along: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-        """Heads (B, W, K) times `along` (B, A, 1) along the axes and `beside` (B, 1, 1) beside them.
+        """Heads (B, K, W) times `along` (B, 1, A) along the axes and `beside` (B, 1, 1) beside them.
 
         A symmetric map, so gradients are stretched in the same way.
         """
         if self.is_rotated:
             return heads * along
-        return beside * heads + self.basis @ ((along - beside) * (self.basis.T @ heads))
+        return beside * heads + ((along - beside) * (heads @ self.basis)) @ self.basis.T
 
 
 def principal_axes(features: Rows) -> Axes:
