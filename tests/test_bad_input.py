@@ -331,7 +331,7 @@ tlauto.cli.main(["search", "--data", "images"])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads its size in /proc")
-@pytest.mark.parametrize("more", [0, 16, 24])
+@pytest.mark.parametrize("more", [0, 16, 24, 100])
 def test_a_machine_without_memory_for_another_library_is_a_sentence(tmp_path: Path, more: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STARVED.format(more=more)], cwd=tmp_path, env=environment(tmp_path),

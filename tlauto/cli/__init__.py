@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import os
 import re
@@ -43,6 +44,8 @@ class LazyGroup(click.Group):
         """The command of that name, imported now; None when there is none."""
         if cmd_name not in COMMANDS:
             return None
+        if not _can_have(STARTING):
+            raise MemoryError(f"no {STARTING // 2**20} MiB are left")
         command: click.Command = importlib.import_module(f"tlauto.cli.{COMMANDS[cmd_name][0]}").command
         return command
 
@@ -58,8 +61,17 @@ NO_ROOM = re.compile("failed to map segment|cannot (allocate memory|create share
 UNSAID = re.compile("without (exception set|setting an exception)")
 """What Python says when something in C failed and did not tell what: without memory, or by mistake."""
 
+NO_MEMORY = "error: no memory is left; end other programs, or use fewer --workers"
+
 PROBE = 2**26
 """Bytes that can be had where memory is not what is missing."""
+
+STARTING = 2**28
+"""Bytes that a command must be able to get for its libraries. Where they are refused in the middle of one,
+NumPy ends the process with words of its own, and Python's import has been seen to run on for ever."""
+
+RESERVE = 2**22
+"""Bytes kept back for saying that no more are left, which takes some. Nothing is written to them."""
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,7 +92,9 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     # What is done is done: Ctrl-C while Python clears up would end it as if the search had been cut off.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    reserve: list[bytearray] = []
     try:
+        reserve.append(bytearray(RESERVE))
         code = app.main(args=list(args) if args is not None else None, standalone_mode=False)
     except TlautoError as error:
         click.echo(f"error: {error}", err=True)
@@ -94,11 +108,16 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(0)
     except (MemoryError, ImportError, SystemError) as error:
+        reserve.clear()
         if not _lacks_memory(error):
             raise
-        click.echo("error: no memory is left; end other programs, or use fewer --workers", err=True)
+        click.echo(NO_MEMORY, err=True)
         sys.exit(1)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            reserve.clear()
+            click.echo(NO_MEMORY, err=True)
+            sys.exit(1)
         # A full disk or a lost permission can strike anywhere.
         what = f"cannot use {error.filename}" if error.filename else "cannot read or write"
         reason = error.strerror or str(error)
