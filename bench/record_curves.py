@@ -81,12 +81,14 @@ def use_worker_environment(threads: int) -> None:
 def record(args: argparse.Namespace) -> dict[str, Any]:
     """Record until there are enough trials or the time is up. Returns: what the table holds now."""
     import torch
+    from handover import place  # imports torch, which must not be before the environment is a worker's
 
     torch.set_num_threads(int(os.environ["TLAUTO_THREADS"]))
     deadline = time.monotonic() + 60 * args.minutes
     out = Path(args.out).resolve()
-    work = Path(args.work or out / f"{Path(args.data).stem}.work").resolve()
     out.mkdir(parents=True, exist_ok=True)
+    args.data = str(place(args.data, out))
+    work = Path(args.work or out / f"{Path(args.data).stem}.work").resolve()
     os.environ["TLAUTO_CACHE"] = str(work / "cache")
     plan, dataset, header = open_data(args, work)
     path = out / f"{header['data']}.jsonl.gz"
@@ -344,7 +346,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data", required=True, help="dataset folder or manifest")
+    parser.add_argument("--data", required=True, help="dataset folder or manifest; DIR:N: N images a class")
     parser.add_argument("--out", default=str(Path(__file__).with_name("curves")), help="folder of the tables")
     parser.add_argument("--work", help="folder of caches and probes; by default beside the table")
     parser.add_argument("--weights-dir", default=os.environ.get("TLAUTO_WEIGHTS"))

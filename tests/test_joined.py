@@ -25,9 +25,10 @@ from tlauto.errors import ConfigError
 from tlauto.joined import backbones_of, partners
 from tlauto.pace import Sizes, refit_seconds
 from tlauto.plugins import registry
+from tlauto.ranking import estimate, is_hopeless
 from tlauto.results.ensemble import candidates
 from tlauto.room import kind_of
-from tlauto.schedule import Plan, estimate, is_hopeless
+from tlauto.schedule import Plan
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice
 from tlauto.store import Store

@@ -14,18 +14,9 @@ from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialSpec
 from tlauto.pace import Sizes
 from tlauto.plugins import registry
+from tlauto.ranking import best_trial, estimate, is_hopeless
 from tlauto.results.finish import REFIT_PROBE_EPOCHS, refit_spec
-from tlauto.schedule import (
-    KEEP_TOP,
-    PROBE_EPOCHS,
-    PROBE_PATIENCE,
-    Plan,
-    best_trial,
-    counts,
-    estimate,
-    is_hopeless,
-    trial_seed,
-)
+from tlauto.schedule import KEEP_TOP, PROBE_EPOCHS, PROBE_PATIENCE, Plan, counts, trial_seed
 from tlauto.searchspace import SearchSpace
 from tlauto.study import INTERRUPTED, TrialRecord
 

@@ -15,7 +15,8 @@ from tlauto.builtin.tasks import task
 from tlauto.errors import StoreError, UnknownNameError
 from tlauto.growing import Change, choices, find_change
 from tlauto.plugins import Plugin, Registry, registry
-from tlauto.schedule import best_trial, counts
+from tlauto.ranking import best_trial
+from tlauto.schedule import counts
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice
 from tlauto.store import Store

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tlauto.contracts import TrialSpec, spec_from_json, trains_backbone
 from tlauto.prepare import Session
+from tlauto.ranking import rank
 from tlauto.rungs import STATE_FILE, Paused, Reports, goes_on, to_promote
-from tlauto.schedule import Plan, rank
+from tlauto.schedule import Plan
 from tlauto.study import TrialRecord
 
 PAUSED = "paused"

@@ -295,7 +295,7 @@ class TrialSpec:
         params: sampled values, dotted by owner (`freeze.partial.k`, `head.mlp.dropout`, `optim.name`).
         metric: that is the score; seed: of everything random in this trial; purpose: why it was run.
         epochs, patience: most epochs, and how many without improvement end it; patience 0 never does.
-        epoch_images: images per epoch when the backbone learns; None is the whole training part.
+        epoch_images: images per epoch of what is trained in steps; None is the whole training part.
         micro_batch: most images that the network takes at once; None is as many as are in a batch.
         init_head: a checkpoint whose head and feature scaling to start from (LP-FT), or None.
         resume_from: the state that an earlier run of this very trial left behind, or None.

@@ -24,8 +24,9 @@ from tlauto.outcomes import handle, stop_slow
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import BundleDone, JobFailed
 from tlauto.prepare import Session, open_session, without_fixed
+from tlauto.ranking import best_trial
 from tlauto.results.finish import bundle_job, finish
-from tlauto.schedule import best_trial, counts
+from tlauto.schedule import counts
 from tlauto.starting import begin, go_on, must_wait
 from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
 from tlauto.tracking import Tracking

@@ -10,7 +10,8 @@ from typing import Any
 from tlauto import metrics
 from tlauto.config import PRESETS, SearchConfig
 from tlauto.errors import DataError, TlautoError
-from tlauto.schedule import DIFFERENT, best_trial, probe_scores
+from tlauto.ranking import DIFFERENT, best_trial
+from tlauto.schedule import probe_scores
 from tlauto.store import Store
 from tlauto.study import TrialRecord, trial_reader, versioned
 from tlauto.warm import Earlier, Past, Profile

@@ -14,7 +14,7 @@ from tlauto.memory import capacity_bytes
 from tlauto.pace import held_back
 from tlauto.pool.protocol import StepTried, Used
 from tlauto.prepare import Session
-from tlauto.schedule import best_trial
+from tlauto.ranking import best_trial
 
 
 @dataclass

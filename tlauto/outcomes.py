@@ -22,8 +22,9 @@ from tlauto.pace import seconds_a_trial
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, StepTried, Used
 from tlauto.prepare import Session
+from tlauto.ranking import best_trial, is_hopeless
 from tlauto.room import ATTRIBUTE, Took, images_at_once, kind_of
-from tlauto.schedule import best_trial, counts, is_hopeless
+from tlauto.schedule import counts
 from tlauto.settling import settle
 from tlauto.study import earlier_ends
 

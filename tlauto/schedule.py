@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tlauto import joined, metrics
+from tlauto import joined
 from tlauto.again import LARGER, MIRRORED, Screening, joined_points
 from tlauto.allocation import cost_of, pick_next
 from tlauto.config import SearchConfig
-from tlauto.contracts import EpochResult, TrialDone, TrialSpec, trains_backbone
+from tlauto.contracts import TrialSpec, trains_backbone
 from tlauto.joined import is_joined, partners
 from tlauto.larger import proposable_scales
 from tlauto.pace import (
@@ -26,6 +24,7 @@ from tlauto.pace import (
     affordable_epochs,
     next_to_screen,
 )
+from tlauto.ranking import rank, to_beat
 from tlauto.recipe import BESIDE, SCALE, scale_of
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
@@ -37,6 +36,9 @@ KEEP_TOP = 3
 
 PROBE_EPOCHS = 150
 PROBE_PATIENCE = 15
+PROBE_EPOCH_IMAGES = 8192
+"""Most images of an epoch of a head on cached features that is trained in steps: of many images it does not
+have to see all before it is looked at, and a trial's time does not grow with them."""
 PROBE_HEAD = "linear"
 
 INIT_FILES = ("start.safetensors", "checkpoint.safetensors")
@@ -217,13 +219,17 @@ class Plan:
             seed=trial_seed(self.config.seed, record.number),
             epochs=epochs if trains else PROBE_EPOCHS,
             patience=max(2, epochs // 3) if trains else PROBE_PATIENCE,
-            epoch_images=images if trains else None,
+            epoch_images=images if trains else self._probe_images(),
             init_head=self._init_head(backbone, head, scale, trials) if trains else None,
             folder=str(self.trial_folder(record.number)),
             cache=str(self.cache),
             purpose=record.attrs.get("purpose", "search"),
-            prove_above=None if trains else _to_beat(backbone, trials),
+            prove_above=None if trains else to_beat(backbone, trials),
         )
+
+    def _probe_images(self) -> int | None:
+        """Images of an epoch of a frozen trial; None for all."""
+        return PROBE_EPOCH_IMAGES if self.sizes.train > PROBE_EPOCH_IMAGES else None
 
     def _epochs(
         self, backbone: str, trials: Sequence[TrialRecord], left: float | None, scale: float = 1.0
@@ -297,88 +303,6 @@ def probe_scores(trials: Sequence[TrialRecord]) -> dict[str, float]:
 def trial_seed(seed: int, number: int) -> int:
     """The seed of a trial: a function of the study's seed and the trial's number."""
     return random.Random(f"{seed}/trial/{number}").randrange(2**31)
-
-
-def rank(trial: TrialRecord) -> tuple[float, float]:
-    """Sorts trials: by score, then by lower validation loss, since small parts make many ties."""
-    score = trial.score if trial.score is not None else float("-inf")
-    loss = float(trial.attrs.get("val_loss", math.inf))
-    return score, -math.inf if math.isnan(loss) else -loss
-
-
-SPREAD = 0.03
-"""Standard deviation of the gains of trials over the cross-validated one on the same backbone, of a score
-that is at most 1; of others, as a share of the score."""
-
-HOPE_EPOCHS = 2
-"""Epochs that a trial has to come near the best frozen head on its backbone."""
-
-DIFFERENT = 0.06
-"""Share of the images on which two models on one backbone answer differently."""
-
-
-def estimate(
-    done: TrialDone, backbone: str, metric: str, trials: Sequence[TrialRecord], *, val: int
-) -> float:
-    """What a trial is ranked by: its score, with the luck of a small validation part taken out.
-
-    A cross-validated trial has a score over all images to learn from. Any other is measured on the
-    validation part alone, which may be easy or hard; how easy, the best cross-validated trial on the
-    same backbone tells, whose score is known on both. The gain over that trial on the same images is
-    then added to that trial's score over all: a control variate (Lavenberg & Welch 1981). Few images
-    tell little of a gain, and of many trials the luckiest would win: what counts is the gain's posterior
-    mean under a normal prior (`SPREAD`), less one posterior standard deviation, as in the rule of one
-    standard error (Breiman et al. 1984, section 3.4.3). Without such a trial it is the score on validation.
-
-    Args:
-        val: images in the validation part.
-    """
-    if done.held_out is not None:
-        return done.held_out
-    reference = _reference(backbone, trials)
-    if reference is None:
-        return done.score
-    known, best = float(reference["held_out"]), metrics.get(metric).best
-    believed = val / (val + DIFFERENT / SPREAD**2)
-    gain = believed * (done.score - float(reference["val_score"]))
-    doubt = SPREAD * math.sqrt(1 - believed) * (1.0 if best == 1.0 else abs(known))
-    return min(best, known + gain - doubt)
-
-
-def is_hopeless(result: EpochResult, backbone: str, trials: Sequence[TrialRecord], *, val: int) -> bool:
-    """Whether a trial that trains the backbone is far below the best frozen head after two epochs.
-
-    Far is two standard errors of the difference between two models' scores on the validation part.
-
-    Args:
-        val: images in the validation part.
-    """
-    reference = _reference(backbone, trials)
-    if result.epoch < HOPE_EPOCHS or reference is None:
-        return False
-    before = float(reference["val_score"])
-    return result.score < before - 2 * math.sqrt(DIFFERENT / val) * max(abs(before), result.score)
-
-
-def _reference(backbone: str, trials: Sequence[TrialRecord]) -> Mapping[str, Any] | None:
-    """What is recorded of the best cross-validated trial on a backbone."""
-    alone = [t for t in trials if t.params.get("backbone") == backbone and not is_joined(t)]
-    known = [t.attrs for t in alone if "held_out" in t.attrs]
-    return max(known, key=lambda attrs: float(attrs["held_out"]), default=None)
-
-
-def _to_beat(backbone: str, trials: Sequence[TrialRecord]) -> float | None:
-    reference = _reference(backbone, trials)
-    return float(reference["val_score"]) if reference else None
-
-
-def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The best complete trial; the best pruned one when none is complete; None when neither is."""
-    for state in ("complete", "pruned"):
-        scored = [t for t in trials if t.state == state and t.score is not None]
-        if scored:
-            return max(scored, key=rank)
-    return None
 
 
 def counts(trials: Sequence[TrialRecord]) -> Mapping[str, int]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlauto.contracts import TrialDone, TrialSpec, spec_from_json
-from tlauto.schedule import Plan, estimate
+from tlauto.ranking import estimate
+from tlauto.schedule import Plan
 from tlauto.store import Store
 from tlauto.study import INTERRUPTED, Study
 

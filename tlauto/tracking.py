@@ -27,7 +27,8 @@ from tlauto.events import (
     Working,
 )
 from tlauto.plugins import registry
-from tlauto.schedule import best_trial, counts
+from tlauto.ranking import best_trial
+from tlauto.schedule import counts
 from tlauto.store import Store
 from tlauto.study import ENDED, SHELVED, TrialRecord
 from tlauto.trackers import Recorder, Tracker

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlauto.joined import backbones_of
-from tlauto.schedule import rank
+from tlauto.ranking import rank
 from tlauto.study import TrialRecord
 
 if TYPE_CHECKING:

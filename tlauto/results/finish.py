@@ -20,9 +20,10 @@ from tlauto.pace import MEMBER_SHARE, PROBE_STRATEGY, refit_seconds
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Message, Note, RunTrial, WriteBundle
 from tlauto.prepare import Session
+from tlauto.ranking import best_trial
 from tlauto.recipe import BESIDE, beside
 from tlauto.results import ensemble
-from tlauto.schedule import PROBE_EPOCHS, best_trial
+from tlauto.schedule import PROBE_EPOCHS
 from tlauto.study import TrialRecord
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -123,7 +124,9 @@ def _weights(session: Session, best: TrialRecord, trials: Sequence[TrialRecord])
 
 
 def _proven(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Without frozen trials that were not even worth cross-validating."""
+    """Without frozen trials that were not even worth cross-validating, where any was."""
+    if not any("held_out" in t.attrs for t in trials):
+        return list(trials)
     return [t for t in trials if "held_out" in t.attrs or t.params.get("strategy") != PROBE_STRATEGY]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tlauto.schedule import best_trial, rank
+from tlauto.ranking import best_trial, rank
 from tlauto.space import Scalar
 from tlauto.store import Store
 from tlauto.study import ENDED, INTERRUPTED, OUT_OF_TIME, Study, TrialRecord
@@ -20,7 +20,7 @@ class Row:
     Attributes:
         state: waiting, running, complete, pruned, failed, or shelved: it has a score, but a backbone,
             strategy or head that the study does not search any more.
-        score: what it is ranked by, higher is better (`schedule.estimate`); None when it has none.
+        score: what it is ranked by, higher is better (`ranking.estimate`); None when it has none.
         seconds: wall time of the trial, None while it runs.
         params: every parameter it ran with, by dotted name.
         from_study: the earlier study that a `warm` trial was taken over from.

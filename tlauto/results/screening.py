@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlauto.history import collapsed
-from tlauto.schedule import kept_backbones, probe_scores, rank
+from tlauto.ranking import rank
+from tlauto.schedule import kept_backbones, probe_scores
 from tlauto.study import TrialRecord
 from tlauto.warm import Past
 

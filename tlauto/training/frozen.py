@@ -79,7 +79,7 @@ def _losses(readout: Readout, trial: Trial, train: Rows, among: torch.Tensor) ->
     targets = torch.from_numpy(trial.train_targets).to(trial.device)
     optimizer = make_optimizer(head_groups(readout.head, settings), settings)
     batch = min(settings.batch_size, len(among))
-    steps = max(1, round(len(among) / batch))
+    steps = max(1, round(min(len(among), spec.epoch_images or len(among)) / batch))
     stream = Stream(len(among), spec.seed)
     for epoch in range(1, spec.epochs + 1):
         readout.train()

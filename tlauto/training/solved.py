@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,7 +15,7 @@ from tlauto.training.kept import kept
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
 from tlauto.training.model import GRID, LEVELS, Kind, Readout
 from tlauto.training.rows import BLOCK
-from tlauto.training.stored import Features
+from tlauto.training.stored import Features, Stored
 from tlauto.training.threads import threads_for
 from tlauto.training.trial import Fitted, Trial
 
@@ -24,13 +24,23 @@ ALONE = 1e-2
 
 FINE = 1e-4
 
+MANY = 4096
+"""Images to learn from of which all are cross-validated. The validation part of more tells heads apart by
+itself, and some of them tell what the head is to read and how strong its penalty is to be."""
+
+SOME = 2048
+PER_CLASS = 10  # of them, at least, on average
+LARGEST = 2**25  # numbers of their features, which are held in memory: 128 MiB
+
 
 def solve_head(trial: Trial) -> tuple[Fitted, float]:
     """The optimal linear head of a trial.
 
     With the solver `path` cross-validation over the training rows chooses the L2 penalty, and whether
     the head reads the pooled features alone or those of all stages. The quarters of the image are four
-    times as many columns, which a head on several backbones does without.
+    times as many columns, which a head on several backbones does without. Of more than `MANY` rows some
+    choose, the head is solved on all, and nothing is held out. The penalty of the mean loss falls with
+    the number of rows, as it does for a prior of fixed width.
 
     Returns: the fitted head, with what cross-validation answered for the training rows, and the mean
     training loss. Raises: TrialError when the head is not one linear layer after all.
@@ -38,32 +48,58 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
     if trial.settings.solver == "lbfgs":
         only = _Solving(trial, trial.kind)
         return only.fitted(trial.settings.l2)
-    folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed).to(trial.device)
+    folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed)
+    count, among = len(folds), _some(len(folds), trial.num_outputs)
+    folds = (folds if among is None else folds[among]).to(trial.device)
     if len(torch.unique(folds)) < 2:
         return _Solving(trial, trial.kind).fitted(ALONE)
     further: tuple[Kind, ...] = () if not trial.has_levels else (LEVELS,) if trial.beside else (LEVELS, GRID)
-    pooled = best = _Solving(trial, trial.kind)
+    pooled = best = _Solving(trial, trial.kind, among)
     of_pooled = of_best = cross_validate(best.problem, folds)
     for kind in further:  # one after the other: features of all kinds at once would take more memory
-        one = _Solving(trial, kind)
+        one = _Solving(trial, kind, among)
+        if among is not None and len(among) * one.everything.row_numbers > LARGEST:
+            continue
         found = cross_validate(one.problem, folds)
         if found.loss < of_best.loss:
             best, of_best = one, found
     is_wanted = best is not pooled and trial.selects and not trial.beside
-    start = pooled.state(of_pooled) if is_wanted else None
-    return best.fitted(of_best.penalty, of_best, start)
+    share = len(folds) / count
+    start = pooled.of_all().state(of_pooled, share) if is_wanted else None
+    return best.of_all().fitted(of_best.penalty * share, of_best, start)
+
+
+def _some(count: int, num_outputs: int) -> torch.Tensor | None:
+    """Which rows choose, ascending, always the same; None is all of them."""
+    if count <= MANY:
+        return None
+    wanted = max(SOME, PER_CLASS * num_outputs)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:wanted].sort().values
 
 
 @dataclass(frozen=True)
 class _Solving:
-    """A trial's head on one kind of features."""
+    """A trial's head on one kind of features, of some rows if not of all."""
 
     trial: Trial
     kind: Kind
+    among: torch.Tensor | None = None
+
+    def of_all(self) -> _Solving:
+        """The same on all rows."""
+        return self if self.among is None else replace(self, among=None)
+
+    @cached_property
+    def everything(self) -> Features:
+        return self.trial.features(self.trial.spec.fit_on, self.kind)
 
     @cached_property
     def train(self) -> Features:
-        return self.trial.features(self.trial.spec.fit_on, self.kind)
+        if self.among is None:
+            return self.everything
+        key = self.everything.key and ("some", len(self.among), self.everything.key)
+        return Stored((self.everything.take(self.among),), key=key)
 
     @cached_property
     def readout(self) -> Readout:
@@ -73,7 +109,8 @@ class _Solving:
 
     @cached_property
     def targets(self) -> torch.Tensor:
-        targets = torch.from_numpy(self.trial.train_targets).to(self.trial.device)
+        targets = torch.from_numpy(self.trial.train_targets)
+        targets = (targets if self.among is None else targets[self.among]).to(self.trial.device)
         outputs = self.trial.num_outputs
         if self.trial.task.name == "multiclass" and len(targets) * outputs <= BLOCK:
             return functional.one_hot(targets, outputs).float()  # once, not at every step
@@ -88,18 +125,18 @@ class _Solving:
         axes = kept(key, lambda: principal_axes(rows), lambda found: found.bytes)
         return Problem(rows, self.targets, trial.loss, self.readout.output, trial.num_outputs, axes)
 
-    def state(self, found: CrossValidated) -> dict[str, torch.Tensor]:
-        """The readout's tensors with the optimum for the penalty that was found."""
-        self.solve(found.penalty, found)
+    def state(self, found: CrossValidated, share: float) -> dict[str, torch.Tensor]:
+        """The readout's tensors with the optimum for the penalty that this share of the rows found."""
+        self.solve(found.penalty * share, found)
         return {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
 
     def solve(self, penalty: float, found: CrossValidated | None = None) -> torch.Tensor:
         """The optimal head (D + 1, K), put into the readout too."""
         linear = only_linear(self.readout.head)
-        everything = torch.arange(len(self.train), device=self.trial.device)
+        rows = torch.arange(len(self.train), device=self.trial.device)
         head: torch.Tensor
         start = None if found is None else found.heads.mean(dim=0, keepdim=True)
-        (head,) = self.problem.solve([penalty], [everything], tolerance=FINE, start=start)
+        (head,) = self.problem.solve([penalty], [rows], tolerance=FINE, start=start)
         with torch.no_grad():
             linear.weight.copy_(head[:-1].T)
             linear.bias.copy_(head[-1])
@@ -122,6 +159,11 @@ class _Solving:
             logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
             train_loss = self.problem.mean_loss(self.problem.answers(head))
             found_here = trial.evaluate(logits, 1)
-        held_out = None if found is None else trial.task.predict(found.outputs.float().cpu().numpy())
+        is_proven = found is not None and len(found.outputs) == len(self.train)
+        held_out = (
+            None
+            if found is None or not is_proven
+            else trial.task.predict(found.outputs.float().cpu().numpy())
+        )
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
         return Fitted(1, found_here, state, self.kind, 1, head.numel(), False, held_out, start), train_loss
