@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests_support import TINY, run
 import tlauto
 from tlauto.errors import DataError
 from tlauto.results import ensemble
+from tlauto.results.finish import proven
 from tlauto.study import TrialRecord
 
 
@@ -209,3 +211,13 @@ def test_one_model_ships_when_one_is_asked_for(searched: Path) -> None:
     wrong = run("search", "--data", "patches", *TINY, "--ensemble", "0", cwd=searched)
     assert wrong.returncode == 1
     assert "--ensemble must be from 1" in wrong.stderr
+
+
+def test_frozen_trials_that_were_not_proven_may_answer_where_none_was() -> None:
+    """Of many images none is cross-validated, and those of the validation part are enough."""
+    params = {"backbone": "timm:a", "strategy": "feature_extraction", "head": "linear"}
+    frozen = [TrialRecord(n, "complete", params, 0.9, {"val_loss": 0.1}) for n in range(2)]
+    tuned = record(2, "timm:a", 0.8)
+    assert proven([*frozen, tuned]) == [*frozen, tuned]
+    held_out = replace(frozen[0], attrs={"val_loss": 0.1, "held_out": 0.9})
+    assert proven([held_out, frozen[1], tuned]) == [held_out, tuned]

@@ -323,6 +323,12 @@ def test_interrupted_trials_are_not_counted() -> None:
     assert counts(trials) == {"complete": 1, "pruned": 1, "failed": 1, "total": 3}
 
 
+@pytest.mark.parametrize(("train", "images"), [(8192, None), (40_000, 8192)])
+def test_an_epoch_of_a_frozen_trial_is_bounded(make_plan: MakePlan, train: int, images: int | None) -> None:
+    plan = replace(make_plan(), sizes=Sizes(train, train // 4, train // 4))
+    assert plan.spec(trial(0, state="running", head="mlp"), []).epoch_images == images
+
+
 # --- what trials are ranked by ----------------------------------------------------------------------
 
 
@@ -367,6 +373,14 @@ def test_a_trial_far_below_a_head_that_needs_no_training_is_hopeless() -> None:
     assert not at(1, 0.3), "one epoch is too early to tell"
     assert not at(2, 0.84), "within the noise of 88 images"
     assert not at(2, 0.3, "timm:b"), "nothing is known of that backbone"
+
+
+def test_where_nothing_is_cross_validated_a_frozen_head_tells_who_is_hopeless() -> None:
+    """As on many images, of which the validation part tells enough."""
+    tuned = trial(1, val_score=0.99, strategy="full")
+    for known, expected in (([trial(0, val_score=0.9), tuned], True), ([tuned], False)):
+        result = EpochResult(2, 2, 0.7, 0.5, 0.5, 1.0)
+        assert is_hopeless(result, "timm:a", known, val=2000) is expected
 
 
 def test_errors_are_doubted_in_their_own_units() -> None:

@@ -109,7 +109,7 @@ def _refits(session: Session, best: TrialRecord) -> tuple[list[_Refit], _Refit |
 def _weights(session: Session, best: TrialRecord, trials: Sequence[TrialRecord]) -> dict[int, float]:
     """Weights of the trials that answer together, by number, the winner first."""
     most = session.config.ensemble
-    able = [trial for trial in ensemble.candidates(_proven(trials)) if trial.number != best.number]
+    able = [trial for trial in ensemble.candidates(proven(trials)) if trial.number != best.number]
     limit = session.config.time_s
     if limit is not None:
         # What was held back for the end of the search is for the winner and the default recipe.
@@ -123,7 +123,7 @@ def _weights(session: Session, best: TrialRecord, trials: Sequence[TrialRecord])
     return ensemble.select(session.plan.task, library, first=best.number, most=most)
 
 
-def _proven(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+def proven(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Without frozen trials that were not even worth cross-validating, where any was."""
     if not any("held_out" in t.attrs for t in trials):
         return list(trials)
