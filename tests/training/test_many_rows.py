@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from tlauto.contracts import TrialDone, TrialSpec
+from tlauto.contracts import Backbone, TrialDone, TrialSpec
 from tlauto.data import Dataset
-from tlauto.training import frozen, solved
+from tlauto.training import features, frozen, solved
+from tlauto.training.engines import Extractor
 from tlauto.training.linear import CrossValidated, Problem
+from tlauto.training.model import Readout
+from tlauto.training.trial import Trial
 
 Run = Callable[..., TrialDone]
 Chosen = list[tuple[int, CrossValidated]]
@@ -104,3 +108,34 @@ def test_an_epoch_of_a_frozen_trial_may_be_a_part_of_the_images(
     assert done.epochs == 4
     assert taken == list(range(4 * steps))
     assert math.isfinite(done.val_loss)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_what_computes_features_is_gone_before_a_head_is_learned(
+    head: str, spec: TrialSpec, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many images the two would take more memory together than either."""
+    alive: weakref.WeakSet[object] = weakref.WeakSet()
+    held: list[int] = []
+    started, load, readout = Extractor.__init__, features.load_backbone, Trial.readout
+
+    def starting(self: Extractor, *given: Any, **named: Any) -> None:
+        started(self, *given, **named)
+        alive.update((self, self.backbone))
+        held.append(len(alive))
+
+    def loading(*given: Any) -> Backbone:
+        found = load(*given)
+        alive.add(found)
+        return found
+
+    def learning(*given: Any) -> Readout:
+        held.append(len(alive))
+        return readout(*given)
+
+    monkeypatch.setattr(Extractor, "__init__", starting)
+    monkeypatch.setattr(features, "load_backbone", loading)
+    monkeypatch.setattr(Trial, "readout", learning)
+    run(replace(spec, head=head))
+    assert held[0] == 2, "one engine for all parts, with its backbone"
+    assert held[1:] and not any(held[1:])

@@ -135,6 +135,17 @@ class FeatureSource:
         ]
         return self._stored(kind, parts, key=(kind, str(self.device), *names))
 
+    def compute(self, splits: Sequence[str], kind: Kind) -> None:
+        """Compute what is not in the cache yet of these splits, and let go of all that computed it.
+
+        A head is learned next. What an engine holds for a backbone, and what a head takes that learns
+        from many images, need not be in memory together.
+        """
+        for split in splits:
+            self._part(split, self._kept(kind), mirror=self.mirror)
+        self._extractors.clear()
+        self.__dict__.pop("backbone", None)
+
     def sample(self, splits: Sequence[str], kind: Kind) -> torch.Tensor:
         """Features of up to 512 images, evenly spaced over these splits."""
         count = sum(len(self.dataset.part(split)) for split in splits)

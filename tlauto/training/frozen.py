@@ -35,6 +35,8 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     that looks best on a small part is mostly the luckiest.
     """
     started = time.perf_counter()
+    for source in (trial.source, *trial.beside):
+        source.compute([*trial.spec.fit_on, trial.spec.evaluate_on], trial.kind)
     solves = trial.settings.solver != "minibatch"
     fitted, train_loss = solve_head(trial) if solves else _train_head(trial)
     seconds, found = time.perf_counter() - started, fitted.evaluation
