@@ -291,6 +291,18 @@ def test_regret_is_nought_for_the_best_and_one_for_the_median(recordings: replay
     assert policy.regret(table, best, 1.5) == pytest.approx((top - (ordered[0].test or 0)) / (top - median))
 
 
+def test_who_has_seen_all_ships_what_looks_best_and_equals_share_the_regret(table: Table) -> None:
+    top, median = policy.scale(table)
+    for count in (1, 2):
+        equals = table.sound[:count]
+        tests = [row.test for row in equals if row.test is not None]
+        found = policy.all_seen(table, lambda row, equals=equals: 1.0 if row in equals else 0.0)
+        assert found == pytest.approx((top - np.mean(tests)) / (top - median))
+        unscored = policy.all_seen(table, lambda row, equals=equals: 1.0 if row in equals else None)
+        assert unscored == pytest.approx(found)
+    assert policy.all_seen(table, lambda row: row.test) == 0.0
+
+
 def test_the_budget_is_what_so_many_random_trials_cost(table: Table) -> None:
     first = sum(table.header["features_seconds"].values())
     by_kind = [
@@ -318,6 +330,8 @@ def test_policies_are_compared_and_the_last_line_is_json(folder: Path, table: Ta
         found["policy_regret_ratio_low"] <= found["policy_regret_ratio"] <= found["policy_regret_ratio_high"]
     )
     assert found["tables"] == {"noisy": CONFIGS}
+    for rule in ("validation", "cross-validation"):
+        assert f"| all seen, by {rule} | {found[f'regret all seen by {rule}']:.3f} |" in done.stdout
 
 
 @pytest.mark.parametrize(
