@@ -9,11 +9,12 @@ import optuna
 import pytest
 import sqlalchemy
 
+from tlauto.builtin.heads import Mlp
 from tlauto.builtin.tasks import task
 from tlauto.errors import ConfigError, StoreError
 from tlauto.plugins import registry
 from tlauto.searchspace import Pick, SearchSpace
-from tlauto.space import Parameter, Scalar
+from tlauto.space import Int, Parameter, Scalar
 from tlauto.store import Store
 from tlauto.study import VAIN, Study
 from tlauto.tables import MEMORY
@@ -126,6 +127,26 @@ def test_fixed_values_are_checked_and_used(url: str) -> None:
         make_space(**{"optim.nam": "sgd"})
     with pytest.raises(ConfigError, match=r"optim\.name"):
         make_space(**{"optim.name": "rmsprop"})
+
+
+def test_a_value_may_be_set_that_no_search_proposes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = make_space(**{"head.mlp.hidden": 4096, "head.mlp.input": "pooled"})
+    assert wide.defaults(strategy="feature_extraction", head="mlp")["head.mlp.hidden"] == 4096
+    with pytest.raises(ConfigError, match=r"head\.mlp\.hidden: 4097 is outside 32 to 4096$"):
+        make_space(**{"head.mlp.hidden": 4097})
+    with pytest.raises(ConfigError, match="4 is searched, so 3 cannot be the largest to be set"):
+        Int(1, 4, default=1, settable=3)
+    study = Study(url, "s", seed=0, create=True)
+    kept = {"head": ("mlp",)}
+    with monkeypatch.context() as before:  # trials of a time when more was searched
+        before.setattr(Mlp, "space", {**Mlp.space, "hidden": Int(32, 4096, default=512, log=True)})
+        for i in range(30):
+            record = study.ask(make_space(), kept=kept)
+            study.tell(record.number, i / 30)
+    hidden = [record.params["head.mlp.hidden"] for record in study.trials()]
+    assert max(hidden) > 1024
+    later = [study.ask(make_space(), kept=kept).params["head.mlp.hidden"] for _ in range(30)]
+    assert max(later) <= 1024
 
 
 def test_interrupted_trials_are_proposed_again_until_it_is_in_vain_and_do_not_count(url: str) -> None:

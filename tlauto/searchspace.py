@@ -43,7 +43,7 @@ class SearchSpace:
                     f"(known: {', '.join(sorted(known))})"
                 )
             try:
-                known[name].check(value)
+                known[name].accept(value)
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
 
@@ -86,7 +86,7 @@ class SearchSpace:
         def take(owner: str, space: Space) -> None:
             for name, parameter in space.items():
                 key = f"{owner}.{name}" if owner else name
-                values[key] = parameter.check(self.fixed[key]) if key in self.fixed else pick(key, parameter)
+                values[key] = parameter.accept(self.fixed[key]) if key in self.fixed else pick(key, parameter)
 
         take("", {"backbone": Choice(self.backbones, self.backbones[0])})
         take("", {"strategy": _choice(self.strategies)})

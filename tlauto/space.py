@@ -39,27 +39,43 @@ class Float:
             raise ConfigError(f"{value} is outside {self.low} to {self.high}")
         return float(value)
 
+    accept = check
+
 
 @dataclass(frozen=True)
 class Int:
-    """A whole number in [low, high]."""
+    """A whole number in [low, high].
+
+    Attributes:
+        settable: the largest value that somebody may set; a search proposes none above `high`.
+    """
 
     low: int
     high: int
     default: int
     log: bool = False
+    settable: int | None = None
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, self.default)
         if self.log and self.low <= 0:
             raise ConfigError(f"a log range must start above 0, not at {self.low}")
+        if self.settable is not None and self.settable < self.high:
+            raise ConfigError(f"{self.high} is searched, so {self.settable} cannot be the largest to be set")
 
     def check(self, value: Any) -> int:
         """`value` as an int; raises ConfigError when it is not whole or outside the range."""
+        return self._within(value, self.high)
+
+    def accept(self, value: Any) -> int:
+        """`value`, which somebody set, as an int; raises ConfigError like `check`."""
+        return self._within(value, self.high if self.settable is None else self.settable)
+
+    def _within(self, value: Any, high: int) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value:
             raise ConfigError(f"{value!r} is not a whole number")
-        if not self.low <= value <= self.high:
-            raise ConfigError(f"{value} is outside {self.low} to {self.high}")
+        if not self.low <= value <= high:
+            raise ConfigError(f"{value} is outside {self.low} to {high}")
         return int(value)
 
 
@@ -83,6 +99,8 @@ class Choice:
                 return known
         raise ConfigError(f"{value!r} is not one of {', '.join(map(repr, self.values))}")
 
+    accept = check
+
 
 Parameter = Float | Int | Choice
 Space = Mapping[str, Parameter]
@@ -105,7 +123,7 @@ def complete(space: Space, params: Mapping[str, Any], *, owner: str = "") -> dic
             known = ", ".join(f"{prefix}{n}" for n in space) or "none"
             raise ConfigError(f"no parameter '{prefix}{name}'; known here: {known}")
         try:
-            values[name] = space[name].check(value)
+            values[name] = space[name].accept(value)
         except ConfigError as error:
             raise ConfigError(f"{prefix}{name}: {error}") from None
     return values
