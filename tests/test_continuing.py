@@ -58,14 +58,24 @@ def noisy(root: Path) -> None:
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
 
 
+def promoting(root: Path) -> Path:
+    """A folder with a search that took a paused trial up again; which seed meets one is luck."""
+    for seed in range(1, 6):
+        folder = root / str(seed)
+        noisy(folder / "patches")
+        told = ("--strategies", "full,partial", "--trials", "14", "--seed", str(seed))
+        done = run(*SEARCH, *told, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        if any(trial.user_attrs["purpose"] == "promoted" for trial in records(folder)):
+            return folder
+    raise AssertionError("no search of five promoted a trial")
+
+
 @pytest.mark.slow
 def test_a_paused_trial_is_promoted_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    noisy(tmp_path / "patches")
-    done = run(*SEARCH, "--strategies", "full,partial", "--trials", "14", "--seed", "0", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    trials, told = records(tmp_path), specs(tmp_path)
+    folder = promoting(tmp_path)
+    trials, told = records(folder), specs(folder)
     promoted = [t for t in trials if t.user_attrs["purpose"] == "promoted"]
-    assert promoted
     for trial in promoted:
         before = trials[trial.user_attrs["continues"]]
         assert before.state.name == "PRUNED"
@@ -76,8 +86,8 @@ def test_a_paused_trial_is_promoted_and_goes_on_where_it_stopped(tmp_path: Path)
         assert {e: s for e, s in trial.intermediate_values.items() if e <= at} == before.intermediate_values
         # It ran the epochs that were left, and no others.
         assert trial.user_attrs["epochs"] + at == max(trial.intermediate_values)
-        assert not (tmp_path / "tlauto-runs/patches/trials" / str(before.number) / STATE_FILE).exists()
-    again = run("rerun", "patches", str(promoted[0].number), "--json", cwd=tmp_path)
+        assert not (folder / "tlauto-runs/patches/trials" / str(before.number) / STATE_FILE).exists()
+    again = run("rerun", "patches", str(promoted[0].number), "--json", cwd=folder)
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
     assert found["score"] == found["recorded"]

@@ -35,7 +35,7 @@ RECORD = (
     "--no-pretrained", "--offline", "--backbones", f"{TINY[1]},timm:test_efficientnet.r160_in1k",
     "--epochs", "4", "--threads", "1", "--shares", "feature_extraction=0.5,partial=0.5", "--out", "curves",
 )  # fmt: skip
-PAUSES = (("allocation.TRAINING", {"cpu": 0.05}), ("schedule.DIFFERENT", 50.0))
+PAUSES = (("allocation.TRAINING", {"cpu": 0.05}), ("ranking.DIFFERENT", 50.0))
 """Fine-tuning as cheap as anything and never hopeless, so that trials pause at rungs and are promoted."""
 BUDGET = 1e6
 """Seconds that nothing here uses up: the table is used up first."""
