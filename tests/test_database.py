@@ -256,6 +256,7 @@ def test_a_search_goes_on_from_the_backup_of_a_damaged_database(
     assert [row["number"] for row in sorted(leaderboard(tmp_path), key=lambda r: r["number"])] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_search_in_one_sentence_and_loses_no_trial(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

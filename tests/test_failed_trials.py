@@ -74,6 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, make_patches: Callable[..., 
     return Place(tmp_path_factory.mktemp("place"), make_patches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaths", [1, 2])
 def test_a_worker_that_dies_while_it_checks_the_backbones_is_replaced_once(
     tmp_path: Path, make_patches: Callable[..., Path], deaths: int
@@ -187,6 +188,7 @@ def test_a_stopped_worker_is_killed_and_its_trial_runs_again(place: Place) -> No
     assert (again["retry_of"], again["state"]) == (hung["number"], "complete")
 
 
+@pytest.mark.slow
 def test_a_trial_that_takes_too_long_ends_and_is_not_tried_again(place: Place) -> None:
     place.propose({"sleeps": FROZEN})
     done = place.search("--trials", str(place.counted + 1), "--trial-timeout", "20s")

@@ -202,6 +202,7 @@ def test_a_stopped_search_goes_on_with_the_history_it_began_with(workspace: Path
     assert [row.from_study for row in rows if row.purpose == "warm"] == ["one"]
 
 
+@pytest.mark.slow
 def test_what_was_taken_over_is_taken_over_once(workspace: Path) -> None:
     with pytest.raises(Stopped):
         search(workspace, "two", **stop_after(3))

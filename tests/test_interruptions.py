@@ -115,6 +115,7 @@ def test_interrupting_keeps_everything_and_leaves_the_best_model(
     assert run("predict", shown["model"], str(photo), cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 @linux_only
 def test_a_coordinator_that_gets_no_more_memory_says_so_and_the_search_goes_on(
     searching: subprocess.Popen[str], tmp_path: Path
@@ -148,6 +149,7 @@ def test_a_worker_that_is_killed_during_the_refit_costs_nothing(
     assert json.loads(run("show", "--json", cwd=tmp_path).stdout)["test"] is not None
 
 
+@pytest.mark.slow
 def test_what_the_study_cannot_be_told_is_not_shown_and_not_lost(
     tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

@@ -192,6 +192,7 @@ def test_backbones_are_checked_though_another_worker_dies(tmp_path: Path) -> Non
     assert said == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_lives_but_does_no_work_is_killed(
     pool: Callable[..., LocalPool], trial: Callable[..., TrialSpec], tmp_path: Path
 ) -> None:

@@ -245,6 +245,7 @@ def complete(folder: Path, url: str) -> dict[int, float]:
     return {row["number"]: row["score"] for row in rows if row["state"] == "complete"}
 
 
+@pytest.mark.slow
 def test_a_killed_server_costs_a_search_nothing_or_one_sentence(
     server: Server, url: str, tmp_path: Path, make_patches: Callable[..., Path]
 ) -> None:

@@ -161,6 +161,7 @@ def test_the_same_command_again_makes_no_further_version(grown: Path) -> None:
     assert trials(grown, 2) == before
 
 
+@pytest.mark.slow
 def test_what_is_not_searched_any_more_is_listed_and_counted_but_not_chosen(grown: Path) -> None:
     folder = grown.parent / "shrunk"
     shutil.copytree(grown, folder, dirs_exist_ok=True)

@@ -96,6 +96,7 @@ def test_every_trial_records_seed_versions_and_provenance(finished: Path) -> Non
         assert any(source.startswith("tlauto ") for source in json.loads(result)["provenance"].values())
 
 
+@pytest.mark.slow
 def test_a_changed_dataset_is_noticed_on_resume(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
     make_patches(tmp_path / "patches")
     args = ("search", "--data", "patches", *TINY, "--trials")

@@ -153,6 +153,7 @@ def test_a_search_that_has_no_node_left_ends_with_a_sentence(nodes: Nodes, tmp_p
     assert last.startswith("error: the Ray cluster has had no room for a worker for 3 s; add nodes")
 
 
+@pytest.mark.slow
 def test_a_cluster_of_our_own_listens_here_only_and_ends_with_the_search(
     tmp_path: Path, nodes: Nodes
 ) -> None:
