@@ -1,7 +1,4 @@
-"""What crosses a boundary: protocols that plugins implement and frozen values that travel as JSON.
-
-Standard library only at import; torch types appear in annotations alone.
-"""
+"""Protocols that plugins implement, frozen values that travel as JSON; imports the standard library only."""
 
 from __future__ import annotations
 
@@ -69,8 +66,7 @@ class WeightsOptions:
     Attributes:
         files: backbone id to a local file, from `--weights ID=PATH`; wins over all else.
         folder: folder of `<provider>/<file>`, from `--weights-dir` or `TLAUTO_WEIGHTS`.
-        offline: never touch the network.
-        pretrained: False asks for random initialisation (`--no-pretrained`).
+        offline: never touch the network; pretrained: False is random initialisation (`--no-pretrained`).
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
@@ -301,6 +297,7 @@ class TrialSpec:
         resume_from: the state that an earlier run of this very trial left behind, or None.
         folder, cache: where its checkpoint and predictions go, and where pixels and features are.
         prove_above: validation score from which a frozen trial is cross-validated too; None is never.
+        kind, penalty: what a solved head reads and its L2 penalty, from an earlier trial; None is to choose.
     """
 
     number: int
@@ -325,6 +322,8 @@ class TrialSpec:
     purpose: Literal["probe", "default", "warm", "search", "promoted", "refit", "rerun"] = "search"
     prove_above: float | None = None
     micro_batch: int | None = None
+    kind: str | None = None
+    penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -350,7 +349,8 @@ class TrialDone:
         score: of the best epoch, higher is better; metrics: all of it, on `evaluate_on`: name to
             {"value", "low", "high"} (95 %).
         is_pruned: stopped by the coordinator; trainable: parameters that learned, head included.
-        checkpoint: file name in the trial's folder; features: what its head reads (`training.model.Kind`).
+        checkpoint: file name in the trial's folder; features: what its head reads (`training.model.Kind`);
+            penalty: of a solved head's mean loss, L2, where cross-validation chose it.
         held_out: cross-validated score over `fit_on` and `evaluate_on` together; None without one.
         feature_seconds: to decode an image and compute its features; None if it computed none, or few.
         versions: distribution name to version; provenance: what came from which plugin.
@@ -369,6 +369,7 @@ class TrialDone:
     held_out: float | None = None
     features: str = "pooled"
     feature_seconds: float | None = None
+    penalty: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 
@@ -393,8 +394,7 @@ def spec_from_json(text: str) -> TrialSpec:
     """The `TrialSpec` written by `to_json`; raises ConfigError when a field is unknown or missing."""
     try:
         data = json.loads(text)
-        data["weights"] = WeightsOptions(**data["weights"])
-        data["fit_on"] = tuple(data["fit_on"])
+        data |= {"weights": WeightsOptions(**data["weights"]), "fit_on": tuple(data["fit_on"])}
         return TrialSpec(**data)
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"this is not a trial specification of this version: {error}") from None

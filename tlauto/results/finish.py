@@ -144,7 +144,9 @@ def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, g
     """A trial again on train and validation, for as long as it took to its best epoch, tested once.
 
     The schedule is squeezed into that time. A frozen trial costs nothing, so it gets at least
-    `REFIT_PROBE_EPOCHS`: a 9-epoch refit of ten sign classes lost a point against a 30-epoch one.
+    `REFIT_PROBE_EPOCHS`: a 9-epoch refit of ten sign classes lost a point against a 30-epoch one. A head
+    that was solved reads what it read in the trial, and its penalty of the mean loss falls with the
+    number of images, as it does for a prior of fixed width.
 
     Args:
         growth: images of both parts over images of the training part. An epoch of a fixed number of
@@ -157,6 +159,8 @@ def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, g
         "number": number, "epochs": max(1, epochs), "patience": 0, "fit_on": ("train", "val"),
         "evaluate_on": "test", "folder": str(folder), "purpose": "refit", "resume_from": None,
     }  # fmt: skip
+    if done.penalty is not None:
+        values |= {"kind": done.features, "penalty": done.penalty / growth}
     return TrialSpec(**{**vars(spec), **values})
 
 

@@ -97,6 +97,7 @@ def _keep(trial: Trial, fitted: Fitted, registry: Registry, dataset: Dataset, st
         trainable=fitted.trainable,
         held_out=None if held_out is None else float(metrics.score(spec.metric, *both)),
         features=fitted.kind,
+        penalty=fitted.penalty,
         feature_seconds=trial.source.rate.seconds_each,
         versions=loaded_libraries(),
         provenance=_provenance(spec, registry),

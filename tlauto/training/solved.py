@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch.nn import functional
@@ -40,7 +41,7 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
     the head reads the pooled features alone or those of all stages. The quarters of the image are four
     times as many columns, which a head on several backbones does without. Of more than `MANY` rows some
     choose, the head is solved on all, and nothing is held out. The penalty of the mean loss falls with
-    the number of rows, as it does for a prior of fixed width.
+    the number of rows, as it does for a prior of fixed width. A refit takes what its trial chose.
 
     Returns: the fitted head, with what cross-validation answered for the training rows, and the mean
     training loss. Raises: TrialError when the head is not one linear layer after all.
@@ -48,6 +49,8 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
     if trial.settings.solver == "lbfgs":
         only = _Solving(trial, trial.kind)
         return only.fitted(trial.settings.l2)
+    if trial.spec.penalty is not None:
+        return _Solving(trial, cast(Kind, trial.spec.kind)).fitted(trial.spec.penalty)
     folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed)
     count, among = len(folds), _some(len(folds), trial.num_outputs)
     folds = (folds if among is None else folds[among]).to(trial.device)
@@ -166,4 +169,6 @@ class _Solving:
             else trial.task.predict(found.outputs.float().cpu().numpy())
         )
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
-        return Fitted(1, found_here, state, self.kind, 1, head.numel(), False, held_out, start), train_loss
+        chosen = None if found is None else penalty
+        fitted = Fitted(1, found_here, state, self.kind, 1, head.numel(), False, held_out, start, chosen)
+        return fitted, train_loss

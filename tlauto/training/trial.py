@@ -186,6 +186,7 @@ class Fitted:
             None when there was no cross-validation.
         start: tensors of the best head on pooled features, for fine-tuning to start from, where `kind`
             is another.
+        penalty: L2 penalty of a solved head that cross-validation chose.
     """
 
     best_epoch: int
@@ -197,6 +198,7 @@ class Fitted:
     is_pruned: bool = False
     held_out: np.ndarray | None = None
     start: Mapping[str, torch.Tensor] | None = None
+    penalty: float | None = None
 
 
 def prepare(spec: TrialSpec, registry: Registry, dataset: Dataset, device: torch.device) -> Trial:
