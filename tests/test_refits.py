@@ -12,6 +12,7 @@ from test_predict import dataset_of, write_colours
 
 from tlauto.contracts import TrialDone, TrialSpec, WeightsOptions, spec_from_json, to_json
 from tlauto.plugins import registry
+from tlauto.results.finish import refit_spec
 
 
 def run(spec: TrialSpec, root: Path) -> TrialDone:
@@ -48,6 +49,15 @@ def test_the_head_of_a_choice_made_before_is_the_same_and_nothing_is_held_out(
     assert heads[0].keys() == heads[1].keys()
     answers = [np.load(Path(s.folder, "predictions.npz"))["predictions"] for s in (spec, given)]
     np.testing.assert_allclose(answers[0], answers[1], atol=5e-3)
+
+
+@pytest.mark.parametrize(("penalty", "kind", "fewer"), [(0.01, "grid", 0.008), (None, None, None)])
+def test_a_refit_is_given_what_its_trial_chose(
+    penalty: float | None, kind: str | None, fewer: float | None, spec: TrialSpec, tmp_path: Path
+) -> None:
+    chose = TrialDone(3, 0.9, {}, 0.1, 1, 1, 12.0, "c.safetensors", features="grid", penalty=penalty)
+    again = refit_spec(spec, chose, number=-1, folder=tmp_path, growth=1.25)
+    assert (again.kind, again.penalty) == (kind, fewer and pytest.approx(fewer))
 
 
 def test_what_was_chosen_is_what_is_solved(spec: TrialSpec, root: Path) -> None:

@@ -256,14 +256,6 @@ def test_a_refit_runs_to_the_best_epoch_on_train_and_validation(make_plan: MakeP
     assert replace(again, **kept) == spec, "everything else is as it was, its seed and parameters too"
 
 
-def test_the_refit_of_a_solved_head_does_not_choose_again(make_plan: MakePlan, tmp_path: Path) -> None:
-    spec = spec_of(make_plan(device="cuda"), [])
-    chose = replace(done(1), features="grid", penalty=0.01)
-    again = refit_spec(spec, chose, number=-1, folder=tmp_path, growth=1.25)
-    assert (again.kind, again.penalty) == ("grid", pytest.approx(0.008))
-    assert (refit(spec, 1, 1.25, tmp_path).kind, refit(spec, 1, 1.25, tmp_path).penalty) == (None, None)
-
-
 @pytest.mark.parametrize(
     ("best_epoch", "growth", "epochs"), [(4, 1.25, 5), (4, 1.1, 4), (1, 1.25, 1), (8, 1.5, 12)]
 )
