@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from tests_support import TINY, leaderboard, run
 
 import tlauto
 from tlauto.devices import make_slots
+from tlauto.events import TrialEnded
 from tlauto.pool.inprocess import InProcessPool
 
 MIXED = ("timm:test_resnet.r160_in1k", "torchvision:squeezenet1_1", "keras:MobileNet-0.25-128")
@@ -169,3 +173,18 @@ def test_a_time_limit_is_a_total(tmp_path: Path, make_patches: Callable[..., Pat
     assert count >= 1
     assert run(*args, cwd=tmp_path).returncode == 0
     assert len(leaderboard(tmp_path)) == count
+
+
+def test_the_checks_before_the_first_trial_take_of_the_time_too(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    heard: list[tuple[object, float]] = []
+    tlauto.search(
+        make_patches(tmp_path / "patches"), trials=1, backbones="timm:test_resnet.r160_in1k",
+        strategies="feature_extraction", pretrained=False, offline=True, workers=0,
+        out=str(tmp_path / "runs"), emit=lambda event: heard.append((event, time.monotonic())),
+    )  # fmt: skip
+    with closing(sqlite3.connect(tmp_path / "runs" / "tlauto.db")) as database:
+        ((seconds,),) = database.execute("select seconds from tlauto_searches")
+    (ended,) = (when for event, when in heard if isinstance(event, TrialEnded))
+    assert seconds >= ended - heard[0][1], "the first is heard while the images are read"
