@@ -42,27 +42,30 @@ def test_the_head_of_a_choice_made_before_is_the_same_and_nothing_is_held_out(
 ) -> None:
     chose = run(spec, root)
     assert chose.penalty is not None and chose.held_out is not None
-    given = replace(spec, folder=f"{spec.folder}-again", kind=chose.features, penalty=chose.penalty)
+    given = replace(spec, folder=f"{spec.folder}-again", features=chose.features, penalty=chose.penalty)
     again = run(spec_from_json(to_json(given)), root)
     assert (again.features, again.held_out) == (chose.features, None)
     heads = [load_file(Path(s.folder, d.checkpoint)) for s, d in ((spec, chose), (given, again))]
     assert heads[0].keys() == heads[1].keys()
+    weights = [head["head.1.weight"].numpy() for head in heads]
+    apart = np.linalg.norm(weights[1] - weights[0]) / np.linalg.norm(weights[0])
+    assert apart < 0.03, "twice the penalty is .049 apart"
     answers = [np.load(Path(s.folder, "predictions.npz"))["predictions"] for s in (spec, given)]
-    np.testing.assert_allclose(answers[0], answers[1], atol=5e-3)
+    np.testing.assert_allclose(*answers, atol=5e-3)
 
 
-@pytest.mark.parametrize(("penalty", "kind", "fewer"), [(0.01, "grid", 0.008), (None, None, None)])
+@pytest.mark.parametrize(("penalty", "features", "fewer"), [(0.01, "grid", 0.008), (None, None, None)])
 def test_a_refit_is_given_what_its_trial_chose(
-    penalty: float | None, kind: str | None, fewer: float | None, spec: TrialSpec, tmp_path: Path
+    penalty: float | None, features: str | None, fewer: float | None, spec: TrialSpec, tmp_path: Path
 ) -> None:
     chose = TrialDone(3, 0.9, {}, 0.1, 1, 1, 12.0, "c.safetensors", features="grid", penalty=penalty)
     again = refit_spec(spec, chose, number=-1, folder=tmp_path, growth=1.25)
-    assert (again.kind, again.penalty) == (kind, fewer and pytest.approx(fewer))
+    assert (again.features, again.penalty) == (features, fewer and pytest.approx(fewer))
 
 
 def test_what_was_chosen_is_what_is_solved(spec: TrialSpec, root: Path) -> None:
     """A penalty that nothing would choose leaves nothing but the shares of the classes."""
-    done = run(replace(spec, folder=f"{spec.folder}-strong", kind="pooled", penalty=1e6), root)
+    done = run(replace(spec, folder=f"{spec.folder}-strong", features="pooled", penalty=1e6), root)
     answers = np.load(Path(f"{spec.folder}-strong", "predictions.npz"))["predictions"]
     assert done.features == "pooled"
     np.testing.assert_allclose(answers, answers[:1].repeat(len(answers), axis=0), atol=1e-3)

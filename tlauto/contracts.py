@@ -297,7 +297,7 @@ class TrialSpec:
         resume_from: the state that an earlier run of this very trial left behind, or None.
         folder, cache: where its checkpoint and predictions go, and where pixels and features are.
         prove_above: validation score from which a frozen trial is cross-validated too; None is never.
-        kind, penalty: what a solved head reads and its L2 penalty, from an earlier trial; None is to choose.
+        features, penalty: what a solved head reads, its L2 penalty, as a trial chose; None is to choose.
     """
 
     number: int
@@ -322,7 +322,7 @@ class TrialSpec:
     purpose: Literal["probe", "default", "warm", "search", "promoted", "refit", "rerun"] = "search"
     prove_above: float | None = None
     micro_batch: int | None = None
-    kind: str | None = None
+    features: str | None = None
     penalty: float | None = None
 
 

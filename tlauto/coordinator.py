@@ -43,14 +43,13 @@ def run(config: SearchConfig, *, emit: Emit = ignore, session: Session | None = 
     is in the study's folder in either case.
     Raises: TlautoError of the fitting kind.
     """
-    started = time.monotonic() if session is None else None  # to check takes of the time, too
+    started = time.monotonic()  # to open the session takes of the time, too
     session = session or open_session(config, emit=emit)
     interrupted = threading.Event()
     state, tracking = "interrupted", Tracking(session, emit)
     with _signals(interrupted), session.study.explaining():
         try:
-            loop = Loop(session, tracking.emit, interrupted)
-            loop.started = loop.started if started is None else started
+            loop = Loop(session, tracking.emit, interrupted, started=started)
             row = session.store.search(session.name)
             loop.spent_before = loop.saved_at = float(row["seconds"]) if row else 0.0
             _search(loop)

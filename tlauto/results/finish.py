@@ -160,7 +160,7 @@ def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, g
         "evaluate_on": "test", "folder": str(folder), "purpose": "refit", "resume_from": None,
     }  # fmt: skip
     if done.penalty is not None:
-        values |= {"kind": done.features, "penalty": done.penalty / growth}
+        values |= {"features": done.features, "penalty": done.penalty / growth}
     return TrialSpec(**{**vars(spec), **values})
 
 

@@ -50,7 +50,7 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
         only = _Solving(trial, trial.kind)
         return only.fitted(trial.settings.l2)
     if trial.spec.penalty is not None:
-        return _Solving(trial, cast(Kind, trial.spec.kind)).fitted(trial.spec.penalty)
+        return _Solving(trial, cast(Kind, trial.spec.features)).fitted(trial.spec.penalty)
     folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed)
     count, among = len(folds), _some(len(folds), trial.num_outputs)
     folds = (folds if among is None else folds[among]).to(trial.device)
