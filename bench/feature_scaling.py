@@ -80,7 +80,7 @@ def measure(dataset: Dataset, backbone: str, args: argparse.Namespace) -> dict[K
         scale = Standardise(features.shape[1], bound)
         scale.measure(features)
         rows = Rows(Stored((features,)), scale, torch.device("cpu"))
-        problem = Problem(rows, torch.from_numpy(targets), loss, lambda logits: logits, outputs)
+        problem = Problem(rows, torch.from_numpy(targets), loss, outputs)
         return cross_validate(problem, folds).loss
 
     return {kind: [held_out(features, bound) for bound in BOUNDS] for kind, features in read.items()}

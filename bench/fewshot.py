@@ -134,14 +134,16 @@ def solve(images: Images, draw: Draw, backbone: str, features: torch.Tensor, *, 
     scale = Standardise(features.shape[1], bound)
     scale.measure(part)
     rows = Rows(Stored((part,)), scale, torch.device("cpu"))
-    problem = Problem(rows, torch.from_numpy(targets), loss, lambda logits: logits, outputs)
+    problem = Problem(rows, torch.from_numpy(targets), loss, outputs)
     folds = torch.zeros(len(targets), dtype=torch.long)
     for label in np.unique(targets):
         of_class = np.flatnonzero(targets == label)
         folds[of_class] = torch.arange(len(of_class)) % FOLDS
     found = cross_validate(problem, folds)
-    start = found.heads.mean(dim=0, keepdim=True)
-    (head,) = problem.solve([found.penalty], [torch.arange(len(targets))], start=start)
+    start = problem.inwards(found.heads.mean(dim=0, keepdim=True))
+    (head,) = problem.outwards(
+        problem.solve([found.penalty], [torch.arange(len(targets))], start=start).heads
+    )
     unseen = (scale(features[draw.rest]) @ head[:-1] + head[-1]).softmax(dim=1).numpy()
     held_out = found.outputs.softmax(dim=1).numpy()
     return Head(

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYER_0 = frozenset(
     {"errors", "space", "contracts", "splits", "levels", "rungs", "pulse", "events", "trackers"}
-    | {"executors", "scales"}
+    | {"executors", "losses", "scales"}
 )
 LAYER_1 = frozenset(
     {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}

@@ -155,6 +155,37 @@ def test_losses_of_half_precision_logits_are_computed_in_32_bits(name: str) -> N
     assert torch.isfinite(value)
 
 
+BY_IMAGE = [
+    ("multiclass", {"label_smoothing": 0.0, "class_weights": "none"}),
+    ("multiclass", {"label_smoothing": 0.15, "class_weights": "balanced"}),
+    ("multilabel", {"pos_weight": "none"}),
+    ("multilabel", {"pos_weight": "balanced"}),
+    ("regression", {"kind": "mse"}),
+    ("regression", {"kind": "huber"}),
+]
+
+
+@pytest.mark.parametrize(("name", "params"), BY_IMAGE, ids=lambda value: "-".join(map(str, value.values()))
+                         if isinstance(value, dict) else value)  # fmt: skip
+def test_a_loss_by_image_is_the_mean_and_has_its_slopes(name: str, params: dict[str, object]) -> None:
+    hot = (RNG.random((8, 3)) < 0.4).astype(np.float32)
+    targets = {"multiclass": MULTICLASS, "multilabel": hot, "regression": RNG.normal(5, 2, 8)}[name]
+    targets = np.asarray(targets, dtype=np.int64 if name == "multiclass" else np.float32)
+    outputs = 1 if name == "regression" else 3
+    loss = task(name).loss(targets, outputs, params)  # type: ignore[arg-type]
+    heads = [4 * _logits(8, outputs).detach() for _ in range(2)]
+    forms = [torch.from_numpy(targets)]
+    forms += [functional.one_hot(forms[0], 3).float()] if name == "multiclass" else []
+    for form in forms:
+        losses, slopes = loss.by_image(form)(torch.stack([head.T for head in heads]))
+        for logits, own, slope in zip(heads, losses, slopes, strict=True):
+            logits = logits.clone().requires_grad_()
+            mean = loss(logits, form)
+            (expected,) = torch.autograd.grad(mean, logits)
+            torch.testing.assert_close(own.mean(), mean.detach())
+            torch.testing.assert_close(slope.T / 8, expected)
+
+
 def test_answers_are_probabilities_or_values_even_for_extreme_logits() -> None:
     logits = np.array([[1000.0, -1000.0], [0.0, 0.0]], dtype=np.float32)
     assert task("multiclass").predict(logits).tolist() == [[1, 0], [0.5, 0.5]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from tlauto.errors import ConfigError
+from tlauto.losses import Loss
 from tlauto.space import Scalar, Space
 
 if TYPE_CHECKING:
@@ -257,10 +258,8 @@ class Task(Protocol):
         """Targets as an array: (N,) int64 classes, (N, K) float32 multi-hot or (N,) float32."""
         ...
 
-    def loss(
-        self, train_targets: np.ndarray, num_outputs: int, params: Mapping[str, Scalar]
-    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Mean loss of (logits (N, K), targets); targets may be soft (N, K) after mixup."""
+    def loss(self, train_targets: np.ndarray, num_outputs: int, params: Mapping[str, Scalar]) -> Loss:
+        """The loss of (logits (N, K), targets), its constants taken from the training targets."""
         ...
 
     def predict(self, logits: np.ndarray) -> np.ndarray:

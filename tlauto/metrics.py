@@ -244,7 +244,8 @@ def _by_rank(
     areas = []
     for k in np.flatnonzero(true.any(axis=0)):
         order = np.argsort(predictions[:, k], kind="stable")
-        _, starts = np.unique(predictions[order, k], return_index=True)
+        scores = predictions[order, k]
+        starts = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]]))
         ranked = weights[:, order]
         positive = np.add.reduceat(ranked * true[order, k], starts, axis=1)
         negative = np.add.reduceat(ranked * (1 - true[order, k]), starts, axis=1)

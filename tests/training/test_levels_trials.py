@@ -79,7 +79,7 @@ def test_the_features_with_the_lowest_held_out_loss_are_taken(
             features = trial.source.features(["train"], kind)
             trial.initialise(readout, features)
             rows, targets = Rows(features, readout.norm, trial.device), torch.from_numpy(trial.train_targets)
-            problem = Problem(rows, targets, trial.loss, readout.output, trial.num_outputs)
+            problem = Problem(rows, targets, trial.loss, trial.num_outputs)
             losses[kind] = cross_validate(problem, trial.source.folds(["train"], spec.seed)).loss
         fitted, _ = solve_head(trial)
         assert fitted.kind == min(losses, key=lambda kind: losses[kind])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from tlauto import metrics
+from tlauto.builtin.losses import CrossEntropy, Residual
 from tlauto.contracts import EpochResult, TaskHead, TrialDone, TrialSpec
 from tlauto.data import Dataset
 from tlauto.errors import TrialError
@@ -35,11 +36,17 @@ def make_problem(
     x = torch.from_numpy(features).float()
     mean = x.mean(dim=0)
     scaled = Rows(Stored((x,)), lambda part: part - mean, torch.device("cpu"), limit=limit)
-    return Problem(scaled, torch.from_numpy(targets), functional.cross_entropy, lambda z: z, classes)
+    return Problem(scaled, torch.from_numpy(targets), CrossEntropy(np.ones(classes)), classes)
 
 
 def everything(problem: Problem) -> torch.Tensor:
     return torch.arange(len(problem.features))
+
+
+def solve(problem: Problem, penalty: float, rows: torch.Tensor, *, tolerance: float) -> torch.Tensor:
+    """One head (D + 1, K)."""
+    (head,) = problem.outwards(problem.solve([penalty], [rows], tolerance=tolerance).heads)
+    return head
 
 
 # --- the minimiser ----------------------------------------------------------------------------------
@@ -54,7 +61,7 @@ def test_each_problem_reaches_its_own_minimum() -> None:
         curved = off * torch.stack([torch.ones(len(which)), scales[which]], dim=1)
         return 0.5 * (off * curved).sum(dim=1), curved
 
-    assert torch.allclose(minimise(objective, torch.zeros(3, 2), tolerance=1e-6), centres, atol=1e-3)
+    assert torch.allclose(minimise(objective, torch.zeros(3, 2), tolerance=1e-6)[0], centres, atol=1e-3)
 
 
 def test_a_curved_valley_is_followed() -> None:
@@ -66,15 +73,16 @@ def test_a_curved_valley_is_followed() -> None:
         return value.detach(), gradient
 
     start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
-    found = minimise(rosenbrock, start, steps=500, tolerance=1e-8)
+    found, value = minimise(rosenbrock, start, steps=500, tolerance=1e-8)
     assert torch.allclose(found, torch.ones(1, 2, dtype=torch.float64), atol=1e-4)
+    assert torch.equal(value, rosenbrock(found, torch.arange(1))[0])
 
 
 def test_a_problem_that_starts_at_its_minimum_stays() -> None:
     def bowl(x: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.square().sum(dim=1), 2 * x
 
-    assert torch.equal(minimise(bowl, torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert torch.equal(minimise(bowl, torch.zeros(2, 3))[0], torch.zeros(2, 3))
 
 
 # --- linear heads -----------------------------------------------------------------------------------
@@ -84,12 +92,12 @@ def test_a_problem_that_starts_at_its_minimum_stays() -> None:
 @pytest.mark.parametrize("penalty", [1e-3, 1e-1])
 def test_logistic_regression_is_scikit_learns(shape: tuple[int, int], penalty: float) -> None:
     problem = make_problem(*shape)
-    (head,) = problem.solve([penalty], [everything(problem)], tolerance=1e-6)
+    head = solve(problem, penalty, everything(problem), tolerance=1e-6)
     x = problem.features.take(everything(problem)).double().numpy()
     # Ours is the mean loss over its value at nothing, log 3, plus penalty / 2 |W|².
     strength = 1 / (penalty * np.log(3) * len(x))
     theirs = LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(x, problem.targets.numpy())
-    ours = torch.softmax(problem.answers(head, everything(problem)), dim=1).numpy()
+    ours = torch.softmax(problem.answers(problem.inwards(head[None])), dim=1).numpy()
     assert np.abs(ours - theirs.predict_proba(x)).max() < 5e-3
 
 
@@ -99,11 +107,8 @@ def test_least_squares_is_ridge_regression() -> None:
     y = (x @ random.normal(size=8) + 0.1 * random.normal(size=60)).astype(np.float32)
     rows = Rows(Stored((torch.from_numpy(x),)), lambda part: part, torch.device("cpu"))
 
-    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.mse_loss(outputs[:, 0], targets)
-
-    problem = Problem(rows, torch.from_numpy(y), loss, lambda z: z, 1)
-    (head,) = problem.solve([1e-2], [torch.arange(60)], tolerance=1e-6)
+    problem = Problem(rows, torch.from_numpy(y), Residual(1.0, is_huber=False), 1)
+    head = solve(problem, 1e-2, torch.arange(60), tolerance=1e-6)
     theirs = Ridge(alpha=1e-2 / 2 * 60 * float((y**2).mean()), tol=1e-8).fit(x, y)
     assert np.allclose(head[:-1, 0].numpy(), theirs.coef_, atol=1e-3)
     assert head[-1, 0].item() == pytest.approx(float(theirs.intercept_), abs=1e-3)
@@ -113,18 +118,17 @@ def test_problems_solved_together_are_those_solved_alone() -> None:
     problem = make_problem()
     rows = [torch.arange(0, 80), torch.arange(40, 120), everything(problem)]
     penalties = [1e-3, 1e-2, 1e-1]
-    together = problem.solve(penalties, rows, tolerance=1e-5)
+    together = problem.outwards(problem.solve(penalties, rows, tolerance=1e-5).heads)
     for i in range(3):
-        (alone,) = problem.solve([penalties[i]], [rows[i]], tolerance=1e-5)
-        assert torch.allclose(together[i], alone, atol=2e-3)
+        assert torch.allclose(together[i], solve(problem, penalties[i], rows[i], tolerance=1e-5), atol=2e-3)
 
 
 @pytest.mark.parametrize("rows", [20, 80], ids=["fewer rows", "more rows"])
 def test_features_that_say_nothing_leave_the_bias(rows: int) -> None:
     targets = torch.arange(rows) % 4 // 3  # three of class 0 to one of class 1
     features = Rows(Stored((torch.zeros(rows, 40),)), lambda part: part, torch.device("cpu"))
-    problem = Problem(features, targets, functional.cross_entropy, lambda z: z, 2)
-    (head,) = problem.solve([1e-2], [torch.arange(rows)], tolerance=1e-6)
+    problem = Problem(features, targets, CrossEntropy(np.ones(2)), 2)
+    head = solve(problem, 1e-2, torch.arange(rows), tolerance=1e-6)
     assert not head[:-1].any()
     assert torch.softmax(head[-1], dim=0)[0].item() == pytest.approx(0.75, abs=1e-3)
 
@@ -141,7 +145,7 @@ def test_the_axes_hold_all_that_the_features_say() -> None:
 def test_features_that_stay_on_disk_give_the_same_head() -> None:
     small, mapped = make_problem(), make_problem(limit=0)
     assert mapped.features.whole is None
-    heads = [p.solve([1e-2], [everything(p)], tolerance=1e-5)[0] for p in (small, mapped)]
+    heads = [solve(p, 1e-2, everything(p), tolerance=1e-5) for p in (small, mapped)]
     assert torch.allclose(*heads, atol=1e-3)
 
 
@@ -153,15 +157,15 @@ def test_heads_on_features_read_in_blocks_are_those_on_features_in_memory(width:
     if width > WIDE:
         assert mapped._axes.basis.shape[1] < width
     for rows in some:
-        found = [p.solve([1e-1], [rows], tolerance=1e-4)[0] for p in (small, mapped)]
-        answers = [p.answers(head, rows) for p, head in zip((small, mapped), found, strict=True)]
+        found = [p.solve([1e-1], [rows], tolerance=1e-4).heads for p in (small, mapped)]
+        answers = [p.answers(head)[rows] for p, head in zip((small, mapped), found, strict=True)]
         assert torch.allclose(*answers, atol=2e-3 * float(answers[0].abs().max()))
 
 
 def test_a_head_whose_logits_are_held_in_blocks_is_the_optimum() -> None:
     problem, classes = make_problem(2200, 10, 1000), 1000
     assert len(list(problem.features.blocks(beside=classes))) == 2
-    (head,) = problem.solve([1e-2], [everything(problem)], tolerance=1e-4)
+    head = solve(problem, 1e-2, everything(problem), tolerance=1e-4)
 
     def slopes(at: torch.Tensor) -> torch.Tensor:
         at = at.clone().requires_grad_()
@@ -181,9 +185,8 @@ def test_cross_validation_takes_the_best_penalty_of_the_whole_grid() -> None:
     for penalty in GRID:
         held_out = torch.empty(90, 3)
         for fold in range(FOLDS):
-            (head,) = problem.solve([penalty], [torch.nonzero(folds != fold)[:, 0]])
-            rows = torch.nonzero(folds == fold)[:, 0]
-            held_out[rows] = problem.answers(head, rows)
+            heads = problem.solve([penalty], [torch.nonzero(folds != fold)[:, 0]]).heads
+            held_out[folds == fold] = problem.answers(heads)[folds == fold]
         losses.append(float(functional.cross_entropy(held_out, problem.targets)))
     assert found.loss == pytest.approx(min(losses), rel=0.02)
     assert found.loss < losses[0]

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from tlauto.backbone import narrowed
+from tlauto.builtin.losses import CrossEntropy
 from tlauto.contracts import Backbone, BackboneInfo, TrialDone, TrialSpec, WeightsOptions
 from tlauto.data import Dataset
 from tlauto.levels import Level
@@ -104,8 +105,8 @@ def test_a_head_learned_in_half_precision_has_the_same_held_out_loss(
         scale = Standardise(features.shape[1], 0.1)
         scale.measure(features)
         rows = Rows(Stored((features,)), scale, CPU)
-        problem = Problem(rows, targets["train"], functional.cross_entropy, lambda z: z, 3)
-        (head,) = problem.solve([10.0], [torch.arange(len(features))], tolerance=1e-5)
+        problem = Problem(rows, targets["train"], CrossEntropy(np.ones(3)), 3)
+        (head,) = problem.outwards(problem.solve([10.0], [torch.arange(len(features))], tolerance=1e-5).heads)
         outputs = scale(valid) @ head[:-1] + head[-1]
         losses.append(float(functional.cross_entropy(outputs, targets["val"])))
     assert losses[0] > 0.05

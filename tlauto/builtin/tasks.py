@@ -5,20 +5,19 @@ Their parameters are sampled as `loss.*`. Losses are computed in 32 bits whateve
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tlauto.builtin.losses import BinaryCrossEntropy, CrossEntropy, Residual
 from tlauto.contracts import Task
 from tlauto.errors import ConfigError, DataError, did_you_mean
+from tlauto.losses import Loss
 from tlauto.space import Choice, Float, Scalar, Space, number
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     Array = np.ndarray[Any, Any]
-    Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 MAX_POS_WEIGHT = 100.0
 """Most that a rare label's positives count: beyond it a handful of images would drown the rest."""
@@ -55,25 +54,14 @@ class Multiclass:
         images is 1 and the learning rate keeps its meaning. Takes indices (N,) or soft (N, K).
         """
         import numpy as np
-        from torch.nn import functional
 
         counts = np.bincount(train_targets, minlength=num_outputs)
         present = counts > 0
         balanced = np.divide(
             len(train_targets) / present.sum(), counts, out=np.ones(num_outputs), where=present
         )
-        weights = _constant(balanced if params["class_weights"] == "balanced" else np.ones(num_outputs))
-        smoothing = number(params["label_smoothing"])
-
-        def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            soft = targets if targets.ndim == 2 else functional.one_hot(targets, num_outputs)
-            soft = soft.float()  # (N, K)
-            each = -((1 - smoothing) * soft + smoothing / num_outputs) * functional.log_softmax(
-                logits.float(), 1
-            )
-            return (each.sum(1) * (soft @ weights(logits.device))).mean()
-
-        return loss
+        weights = balanced if params["class_weights"] == "balanced" else np.ones(num_outputs)
+        return CrossEntropy(weights, number(params["label_smoothing"]))
 
     def predict(self, logits: Array) -> Array:
         """Probabilities (N, K) that sum to 1."""
@@ -112,20 +100,12 @@ class Multilabel:
         `balanced` weighs a label's positives by its negatives per positive, at most 100.
         """
         import numpy as np
-        from torch.nn import functional
 
         positives = train_targets.sum(axis=0)
         rarity = np.divide(
             len(train_targets) - positives, positives, out=np.ones(num_outputs), where=positives > 0
         ).clip(1 / MAX_POS_WEIGHT, MAX_POS_WEIGHT)
-        weights = _constant(rarity if params["pos_weight"] == "balanced" else np.ones(num_outputs))
-
-        def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return functional.binary_cross_entropy_with_logits(
-                logits.float(), targets.float(), pos_weight=weights(logits.device)
-            )
-
-        return loss
+        return BinaryCrossEntropy(rarity if params["pos_weight"] == "balanced" else np.ones(num_outputs))
 
     def predict(self, logits: Array) -> Array:
         """Probabilities (N, K), each label's by itself."""
@@ -167,19 +147,10 @@ class Regression:
         Huber's is quadratic within one deviation and linear beyond. Takes (N, 1) and (N,) or (N, 1).
         Raises: DataError when all training targets are equal.
         """
-        import torch
-        from torch.nn import functional
-
         deviation = float(train_targets.astype(float).std())
         if not deviation:
             raise DataError(f"all training targets are {train_targets[0]:g}; there is nothing to learn")
-        measure = functional.huber_loss if params["kind"] == "huber" else functional.mse_loss
-
-        def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            residuals = (logits.float().reshape(-1) - targets.float().reshape(-1)) / deviation
-            return measure(residuals, torch.zeros_like(residuals))
-
-        return loss
+        return Residual(deviation, is_huber=params["kind"] == "huber")
 
     def predict(self, logits: Array) -> Array:
         """Values (N,) in the targets' unit."""
@@ -201,15 +172,3 @@ def task(name: str) -> Task:
 def _check_indices(indices: Array, classes: Sequence[str]) -> None:
     if len(indices) and not 0 <= indices.min() <= indices.max() < len(classes):
         raise DataError(f"a target is not one of the {len(classes)} classes of the dataset")
-
-
-def _constant(values: Array) -> Callable[[torch.device], torch.Tensor]:
-    """These values as a tensor on a device, copied there once: a copy each step would stall a GPU."""
-
-    @functools.cache
-    def on(device: torch.device) -> torch.Tensor:
-        import torch
-
-        return torch.as_tensor(values, dtype=torch.float32, device=device)
-
-    return on

@@ -7,6 +7,7 @@ of a minimiser the right ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -55,14 +56,42 @@ class Axes:
         """The reverse."""
         return heads @ self.basis.T if self.is_rotated else heads
 
-    def stretched(self, heads: torch.Tensor, along: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-        """Heads (B, K, W) times `along` (B, 1, A) along the axes and `beside` (B, 1, 1) beside them.
 
-        A symmetric map, so gradients are stretched in the same way.
-        """
-        if self.is_rotated:
-            return heads * along
-        return beside * heads + ((along - beside) * (heads @ self.basis)) @ self.basis.T
+@dataclass(frozen=True)
+class Stretch:
+    """Makes heads (B, K, W + 1), the bias last, longer or shorter by the direction that their weights have.
+
+    A symmetric map, so gradients are stretched in the same way.
+
+    Attributes:
+        along, beside: by how much along the axes (B, 1, A) and beside them (B, 1, 1).
+        bias: the same for the bias (B, 1, 1).
+    """
+
+    axes: Axes
+    along: torch.Tensor
+    beside: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, heads: torch.Tensor) -> torch.Tensor:
+        """The stretched heads, or gradients."""
+        if self.axes.is_rotated:
+            return heads * self._whole
+        weights, basis = heads[:, :, :-1], self.axes.basis
+        turned = ((self.along - self.beside) * (weights @ basis)) @ basis.T
+        return torch.cat([self.beside * weights + turned, heads[:, :, -1:] * self.bias], dim=2)
+
+    def of(self, which: torch.Tensor) -> Stretch:
+        """That of some of the heads (b,)."""
+        return Stretch(self.axes, self.along[which], self.beside[which], self.bias[which])
+
+    def inverse(self) -> Stretch:
+        """The way back."""
+        return Stretch(self.axes, 1 / self.along, 1 / self.beside, 1 / self.bias)
+
+    @cached_property
+    def _whole(self) -> torch.Tensor:
+        return torch.cat([self.along, self.bias], dim=2)
 
 
 def principal_axes(features: Rows) -> Axes:

@@ -11,15 +11,15 @@ from tlauto import pulse
 Objective = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Of points (A, P) and the numbers (A,) of their problems: values (A,) and gradients (A, P)."""
 
-HISTORY = 10
+HISTORY = 5  # with 10 an optimum takes 5 % fewer steps and each of them 10 % longer
 HALVINGS = 12
 ENOUGH = 1e-4  # Armijo's constant: the share of the predicted decrease that a step must bring
 
 
 def minimise(
     objective: Objective, start: torch.Tensor, *, steps: int = 200, tolerance: float = 1e-4
-) -> torch.Tensor:
-    """The minimisers (B, P) of B independent problems from `start` (B, P).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The minimisers (B, P) of B independent problems from `start` (B, P), and the values (B,) there.
 
     Each problem has its own curvature pairs and step length and leaves the batch when it is done, so
     the result does not depend on which problems run beside it, up to rounding. One evaluation of all
@@ -33,10 +33,10 @@ def minimise(
     Source: Liu & Nocedal 1989, "On the limited memory BFGS method", with backtracking to Armijo's
     condition; pairs without positive curvature are left out.
     """
-    answer = start.clone()
     active = torch.arange(len(start), device=start.device)
     x = start.clone()
     value, gradient = objective(x, active)
+    answer, reached = start.clone(), value.clone()
     origin = objective(torch.zeros_like(x), active)[1] if bool(x.any()) else gradient
     limit = tolerance * torch.maximum(_largest(gradient), _largest(origin))
     pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -44,11 +44,11 @@ def minimise(
         pulse.tick()
         going = _largest(gradient) > limit
         if not bool(going.all()):
-            answer[active[~going]] = x[~going]
+            answer[active[~going]], reached[active[~going]] = x[~going], value[~going]
             active, x, value, gradient, limit = (t[going] for t in (active, x, value, gradient, limit))
             pairs = [(s[going], y[going], r[going]) for s, y, r in pairs]
         if not len(active):
-            return answer
+            return answer, reached
         new, new_value, new_gradient = _line_search(
             objective, active, x, value, gradient, _direction(gradient, pairs)
         )
@@ -56,17 +56,22 @@ def minimise(
         # Where even a tiny step does not help, rounding has the last word.
         limit = torch.where(new_value < value, limit, torch.inf)
         x, value, gradient = new, new_value, new_gradient
-    answer[active] = x
-    return answer
+    answer[active], reached[active] = x, value
+    return answer, reached
 
 
 def _largest(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.abs().amax(dim=1)
 
 
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products (A,) of the rows of two (A, P), without the (A, P) products in memory."""
+    return torch.bmm(a[:, None], b[:, :, None]).view(-1)
+
+
 def _pair(step: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Step, gradient change and 1 / (their product); 0 where the curvature is not positive."""
-    product = (step * change).sum(dim=1)
+    product = _product(step, change)
     lengths = torch.linalg.vector_norm(step, dim=1) * torch.linalg.vector_norm(change, dim=1)
     is_sound = product > 1e-10 * lengths
     return step, change, torch.where(is_sound, 1 / product.clamp_min(1e-30), 0.0)
@@ -82,17 +87,17 @@ def _direction(
     q = gradient.clone()
     weights = []
     for step, change, inverse in reversed(pairs):
-        weight = inverse * (step * q).sum(dim=1)
+        weight = inverse * _product(step, q)
         weights.append(weight)
-        q -= weight[:, None] * change
+        q.addcmul_(change, weight[:, None], value=-1)
     step, change, inverse = pairs[-1]
-    scale = 1 / (inverse * (change * change).sum(dim=1)).clamp_min(1e-30)
+    scale = 1 / (inverse * _product(change, change)).clamp_min(1e-30)
     q *= torch.where(inverse > 0, scale, 1.0)[:, None]
     for (step, change, inverse), weight in zip(pairs, reversed(weights), strict=True):
-        q += (weight - inverse * (change * q).sum(dim=1))[:, None] * step
+        q.addcmul_(step, (weight - inverse * _product(change, q))[:, None])
     # Rounding may have left a direction that does not descend.
-    descends = (q * gradient).sum(dim=1, keepdim=True) > 0
-    direction: torch.Tensor = -torch.where(descends, q, gradient)
+    descends = _product(q, gradient)[:, None] > 0
+    direction: torch.Tensor = torch.where(descends, q, gradient).neg_()
     return direction
 
 
@@ -101,7 +106,7 @@ def _line_search(
     gradient: torch.Tensor, direction: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The longest of the steps 1, 1/2, 1/4 … that lowers each value enough; no step where none does."""
-    slope = (direction * gradient).sum(dim=1)
+    slope = _product(direction, gradient)
     tried = x + direction
     found, slopes = objective(tried, active)
     is_enough = found <= value + ENOUGH * slope

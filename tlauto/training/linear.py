@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from tlauto.training.axes import Axes, principal_axes
+from tlauto.losses import ByImage, Loss
+from tlauto.training.axes import Axes, Stretch, principal_axes
 from tlauto.training.lbfgs import HISTORY, minimise
+from tlauto.training.model import Rescale
 from tlauto.training.rows import BLOCK, Rows
 from tlauto.training.threads import threads_for
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 FOLDS = 5
 GRID = tuple(float(10.0**power) for power in np.arange(-6, 1.1, 0.5))
@@ -27,28 +27,42 @@ FIRST = 10  # index of the penalty in `GRID` that is tried first: 0.1
 TOGETHER = 2**24
 """Numbers that the minimiser may keep of problems solved side by side: 64 MiB."""
 
+STEP = 0.01  # of logits, to measure how a loss bends
+
+
+class Optimum(NamedTuple):
+    """Heads that were solved side by side.
+
+    Attributes:
+        heads: (B, K, W + 1) along the problem's axes, the bias last.
+        losses: (B,) means over each one's rows, without the penalty.
+    """
+
+    heads: torch.Tensor
+    losses: torch.Tensor
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A linear head W (D, K), b (K,) on scaled features, under any mean loss that is convex in logits.
+    """A linear head W (D, K), b (K,) on scaled features, under any loss that is convex in the logits.
 
-    Features that are not in memory are read in blocks at each step. Losses are means over rows, so those
-    of all rows are the blocks' by their shares of the rows.
+    Features that are not in memory are read in blocks at each step. It is solved along their principal
+    axes, where heads are (K, W + 1): `inwards` and `outwards` lead there and back.
 
     Attributes:
         features: (N, D), centred.
         targets: (N,) or (N, K), as the task encodes them.
-        loss: mean loss of (outputs (n, K), targets of the same rows).
-        output: from raw logits (n, K) to what `loss` reads.
+        loss: of (outputs (n, K), targets of the same rows).
         num_outputs: K.
+        output: from raw logits to what `loss` reads; None where that is the same.
         axes: `principal_axes(features)`, found when they are needed unless they are given.
     """
 
     features: Rows
     targets: torch.Tensor
     loss: Loss
-    output: Callable[[torch.Tensor], torch.Tensor]
     num_outputs: int
+    output: Rescale | None = None
     axes: Axes | None = None
 
     def solve(
@@ -58,37 +72,49 @@ class Problem:
         *,
         tolerance: float = 3e-4,
         start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Heads (B, D + 1, K), the bias last, of B penalties, each fitted on its own rows.
+    ) -> Optimum:
+        """The heads of B penalties, each fitted on its own rows.
 
-        All are solved side by side: what costs is one product with the features a step.
+        All are solved side by side: what costs is one product with the features a step. With the outputs
+        first, products of few rows with many take a third of the time of those of many columns with few.
 
         Args:
             rows: of each problem, ascending.
             tolerance: see `lbfgs.minimise`.
-            start: heads (B, D + 1, K) to start from, zeros by default.
+            start: heads (B, K, W + 1) to start from, zeros by default.
         """
-        axes = self._axes
-        count, width = axes.rows.shape
+        count, width = self._axes.rows.shape
         together = max(1, TOGETHER // (2 * HISTORY * (width + 1) * self.num_outputs))
-        with threads_for(count * width * self.num_outputs * min(together, len(penalties))):
-            if start is not None:
-                start = start.transpose(1, 2)
-                start = torch.cat([axes.inwards(start[:, :, :-1]), start[:, :, -1:]], dim=2)
-            parts = []
+        with torch.no_grad(), threads_for(count * width * self.num_outputs * min(together, len(penalties))):
+            found = []
             for first in range(0, len(penalties), together):
                 some = slice(first, first + together)
                 begin = None if start is None else start[some]
-                parts.append(self._solve(list(penalties[some]), list(rows[some]), tolerance, begin))
-            heads = torch.cat(parts)
-            heads = torch.cat([axes.outwards(heads[:, :, :-1]), heads[:, :, -1:]], dim=2)
-            return heads.transpose(1, 2).contiguous()
+                found.append(self._solve(list(penalties[some]), rows[some], tolerance, begin))
+            return Optimum(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-    def answers(self, head: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Outputs (n, K) of one head (D + 1, K) for some rows, all by default."""
-        batches = self.features.batches(rows, beside=self.num_outputs)
-        weights, bias = head[:-1].T, head[-1]
-        return torch.cat([self.output(functional.linear(batch, weights, bias)) for batch in batches])
+    def inwards(self, heads: torch.Tensor) -> torch.Tensor:
+        """Heads (B, D + 1, K), the bias last, along the axes (B, K, W + 1)."""
+        heads = heads.transpose(1, 2)
+        return torch.cat([self._axes.inwards(heads[:, :, :-1]), heads[:, :, -1:]], dim=2)
+
+    def outwards(self, heads: torch.Tensor) -> torch.Tensor:
+        """The reverse."""
+        heads = torch.cat([self._axes.outwards(heads[:, :, :-1]), heads[:, :, -1:]], dim=2)
+        return heads.transpose(1, 2).contiguous()
+
+    def answers(self, heads: torch.Tensor, whose: torch.Tensor | None = None) -> torch.Tensor:
+        """Outputs (N, K) of all rows, by the first of the heads (B, K, W + 1).
+
+        Args:
+            whose: the head (N,) that answers for each row, instead.
+        """
+        found = []
+        for part, _, logits in self._logits(heads):
+            order = torch.arange(logits.shape[2], device=logits.device)
+            found.append(logits[0].T if whose is None else logits[whose[part], :, order])
+        outputs = torch.cat(found)
+        return outputs if self.output is None else self.output(outputs)
 
     def mean_loss(self, outputs: torch.Tensor) -> float:
         """The loss of outputs (N, K) of all rows."""
@@ -103,105 +129,91 @@ class Problem:
     def _solve(
         self,
         penalties: list[float],
-        rows: list[torch.Tensor],
+        rows: Sequence[torch.Tensor],
         tolerance: float,
         start: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The same in the coordinates of the axes: heads (B, K, W + 1).
-
-        With the outputs first: products of few rows with many take a third of the time of those of many
-        columns with few.
-        """
-        axes, x = self._axes, self._axes.rows
-        width, outputs = x.shape[1], self.num_outputs
-        penalty = torch.tensor(penalties, device=x.device)
-        unit = torch.stack([self._loss_at_zero(r) for r in rows]).clamp_min(1e-12)
+    ) -> Optimum:
+        axes, outputs = self._axes, self.num_outputs
+        width, place = axes.rows.shape[1], self.targets.device
+        penalty = torch.tensor(penalties, device=place)[:, None, None]
+        at_zero, curvature = self._at_zero
+        shares = torch.zeros(len(rows), len(at_zero), device=place)
+        for own, share in zip(rows, shares, strict=True):
+            share[own] = 1 / len(own)
+        unit = (shares @ at_zero).clamp_min(1e-12)
+        shares /= unit[:, None]
         # Steps in units of the curvature, (B, 1, …): the bias sees the mean of ones.
-        bends = self._curvature / unit[:, None, None]
-        along, beside = (bends * part + penalty[:, None, None] for part in (axes.squares, axes.rest))
-        inwards = tuple(scale**-0.5 for scale in (along, beside, bends))
-        pull = penalty[:, None, None].expand(-1, 1, width + 1).clone()
+        bends = curvature / unit[:, None, None]
+        along, beside = (bends * part + penalty for part in (axes.squares, axes.rest))
+        inwards = Stretch(axes, along**-0.5, beside**-0.5, bends**-0.5)
+        pull = penalty.expand(-1, 1, width + 1).clone()
         pull[:, :, -1] = 0  # no penalty on the bias
-
-        def stretched(points: torch.Tensor, scales: Sequence[torch.Tensor]) -> torch.Tensor:
-            """Points (A, P) as heads (A, K, W + 1), or gradients by heads as those by points."""
-            heads = points.view(len(points), outputs, width + 1)
-            lengths, others, biases = scales
-            slopes = axes.stretched(heads[:, :, :-1], lengths, others)
-            return torch.cat([slopes, heads[:, :, -1:] * biases], dim=2)
 
         def objective(points: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             everyone = len(which) == len(rows)
-            scales = inwards if everyone else tuple(scale[which] for scale in inwards)
-            heads = stretched(points, scales)
-            some = rows if everyone else [rows[b] for b in which.tolist()]
-            losses, slopes = self._losses(heads, some, unit if everyone else unit[which])
+            stretch = inwards if everyone else inwards.of(which)
+            heads = stretch(points.view(len(points), outputs, width + 1))
+            losses, slopes = self._losses(heads, shares if everyone else shares[which])
             pulled = heads * (pull if everyone else pull[which])
             values = losses + (heads * pulled).sum(dim=(1, 2)) / 2
-            return values, stretched((slopes + pulled).flatten(1), scales).flatten(1)
+            return values, stretch(slopes.add_(pulled)).flatten(1)
 
         if start is None:
-            start = torch.zeros(len(rows), outputs, width + 1, device=x.device)
-        begin = stretched(start.flatten(1), [1 / scale for scale in inwards])
-        return stretched(minimise(objective, begin.flatten(1), tolerance=tolerance), inwards)
+            start = torch.zeros(len(rows), outputs, width + 1, device=place)
+        begin = inwards.inverse()(start).flatten(1)
+        points, values = minimise(objective, begin, tolerance=tolerance)
+        heads = inwards(points.view_as(start))
+        return Optimum(heads, (values - (heads.square() * pull).sum(dim=(1, 2)) / 2) * unit)
 
-    def _losses(
-        self, heads: torch.Tensor, rows: Sequence[torch.Tensor], unit: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean losses (B,) of heads (B, K, W + 1) on their rows, in units, and their slopes by the heads."""
-        x, (count, outputs, width) = self._axes.rows, heads.shape
-        weights = heads[:, :, :-1].reshape(-1, width - 1)
-        units = (1 / unit).unbind()
+    def _losses(self, heads: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (B,) of heads (B, K, W + 1), each row counted by its share (B, N), and their slopes."""
+        count, outputs, _ = heads.shape
         totals: list[torch.Tensor] = []
-        for part, block in x.blocks(beside=count * outputs):
-            logits = (weights @ block.T).view(count, outputs, len(block)) + heads[:, :, -1:]
-            own = [one.T.contiguous().requires_grad_() for one in logits]
-            with torch.enable_grad():
-                shares = [self._share(one, some, part) for one, some in zip(own, rows, strict=True)]
-                slopes = torch.cat([slope.T for slope in torch.autograd.grad(shares, own, units)])
-            found = [torch.stack(shares).detach() / unit, slopes @ block, slopes.sum(dim=1)]
+        for part, block, logits in self._logits(heads):
+            losses, slopes = self._by_image(part, logits)
+            share = shares[:, part]
+            slopes.mul_(share[:, None])
+            down = (slopes.view(count * outputs, -1) @ block).view(count, outputs, -1)
+            found = [(losses * share).sum(dim=1), torch.cat([down, slopes.sum(dim=2, keepdim=True)], dim=2)]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
-        values, down, sums = totals
-        return values, torch.cat([down, sums[:, None]], dim=1).view(count, outputs, width)
+        return totals[0], totals[1]
 
-    def _share(self, logits: torch.Tensor, rows: torch.Tensor, part: slice) -> torch.Tensor:
-        """What the rows within a block, of logits (n, K), add to the mean loss of all of them (m,)."""
-        if len(logits) == len(self.targets):
-            if len(rows) == len(logits):
-                return self.loss(self.output(logits), self.targets)
-            return self.loss(self.output(logits.index_select(0, rows)), self.targets.index_select(0, rows))
-        ends = torch.tensor([part.start, part.start + len(logits)], device=rows.device)
-        first, end = torch.searchsorted(rows, ends).tolist()
-        if first == end:
-            return logits.sum() * 0
-        here = rows[first:end]
-        share: float = (end - first) / len(rows)
-        taken = logits.index_select(0, here - part.start)
-        return share * self.loss(self.output(taken), self.targets.index_select(0, here))
+    def _logits(self, heads: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Rows in blocks (n, W), as slices, with what heads (B, K, W + 1) give before `output`, (B, K, n)."""
+        count, outputs, width = heads.shape
+        weights = heads[:, :, :-1].reshape(-1, width - 1)
+        for part, block in self._axes.rows.blocks(beside=count * outputs):
+            logits = (weights @ block.T).view(count, outputs, -1)
+            yield part, block, logits.add_(heads[:, :, -1:])
 
-    def _loss_at_zero(self, rows: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a head that says nothing."""
-        found = torch.zeros((), device=rows.device)
-        for part, share in self._pieces(len(rows)):
-            here = rows[part]
-            nothing = torch.zeros(len(here), self.num_outputs, device=rows.device)
-            found = found + self.loss(self.output(nothing), self.targets[here]) * share
-        return found
+    def _by_image(self, part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (B, n) of the rows of a slice and their slopes by their logits (B, K, n)."""
+        is_all = logits.shape[2] == len(self.targets)
+        by_image = self._of_all if is_all else self.loss.by_image(self.targets[part])
+        if self.output is None:
+            return by_image(logits)
+        mean, std = self.output.mean[:, None], self.output.std[:, None]
+        losses, slopes = by_image(logits * std + mean)
+        return losses, slopes * std
 
     @cached_property
-    def _curvature(self) -> float:
-        """The loss' second derivative by one logit, times rows, on average at zero (Hutchinson 1989)."""
-        place, random, found = self.targets.device, torch.Generator().manual_seed(0), 0.0
+    def _of_all(self) -> ByImage:
+        return self.loss.by_image(self.targets)
+
+    @cached_property
+    def _at_zero(self) -> tuple[torch.Tensor, float]:
+        """Of a head that says nothing: each row's loss (N,), and how it bends along one logit on average.
+
+        The second derivative's mean diagonal (Hutchinson 1989), by differences of slopes.
+        """
+        random, each, bends = torch.Generator().manual_seed(0), [], 0.0
         for part, share in self._pieces(len(self.targets)):
-            targets = self.targets[part]
-            logits = torch.zeros(len(targets), self.num_outputs, device=place, requires_grad=True)
-            signs = (torch.randint(0, 2, logits.shape, generator=random) * 2.0 - 1).to(place)
-            with torch.enable_grad():
-                loss = self.loss(self.output(logits), targets) * share
-                (slopes,) = torch.autograd.grad(loss, logits, create_graph=True)
-                (bends,) = torch.autograd.grad((slopes * signs).sum(), logits, allow_unused=True)
-            found += 0.0 if bends is None else float((bends * signs).sum()) / self.num_outputs
-        return max(found, 1e-6)
+            shape = (1, self.num_outputs, len(self.targets[part]))
+            signs = torch.randint(0, 2, shape, generator=random).mul_(2).sub_(1).to(self.targets.device)
+            each.append(self._by_image(part, torch.zeros(shape, device=signs.device))[0][0])
+            ahead, behind = (self._by_image(part, step * signs)[1] for step in (STEP, -STEP))
+            bends += share * float(((ahead - behind) * signs).mean()) / (2 * STEP)
+        return torch.cat(each), max(bends, 1e-6)
 
     def _pieces(self, count: int) -> Iterator[tuple[slice, float]]:
         """Slices of `count` rows whose outputs are held at a time, and their shares of all."""
@@ -238,28 +250,24 @@ def cross_validate(problem: Problem, folds: torch.Tensor) -> CrossValidated:
     Args:
         folds: (N,) number of the fold that each row is held out in.
     """
-    best, at, tried = _held_out(problem, folds, GRID[FIRST], None), FIRST, {FIRST}
+    names, whose = torch.unique(folds, return_inverse=True)
+    learned = [torch.nonzero(folds != name)[:, 0] for name in names]
+
+    def held_out(penalty: float, start: torch.Tensor | None) -> tuple[float, torch.Tensor, torch.Tensor]:
+        heads = problem.solve([penalty] * len(names), learned, start=start).heads
+        outputs = problem.answers(heads, whose)
+        return problem.mean_loss(outputs), outputs, heads
+
+    at, tried = FIRST, {FIRST}
+    loss, outputs, heads = held_out(GRID[at], None)
     for stride in (-2, 2, -1, 1):
         while 0 <= at + stride < len(GRID) and at + stride not in tried:
             tried.add(at + stride)
-            one = _held_out(problem, folds, GRID[at + stride], best.heads)
-            if one.loss >= best.loss:
+            one = held_out(GRID[at + stride], heads)
+            if one[0] >= loss:
                 break
-            best, at = one, at + stride
-    return best
-
-
-def _held_out(
-    problem: Problem, folds: torch.Tensor, penalty: float, start: torch.Tensor | None
-) -> CrossValidated:
-    names = torch.unique(folds)
-    learned = [torch.nonzero(folds != name)[:, 0] for name in names]
-    heads = problem.solve([penalty] * len(names), learned, start=start)
-    outputs = torch.empty(len(folds), problem.num_outputs, device=folds.device)
-    for head, name in zip(heads, names, strict=True):
-        rows = torch.nonzero(folds == name)[:, 0]
-        outputs[rows] = problem.answers(head, rows)
-    return CrossValidated(penalty, outputs, problem.mean_loss(outputs), heads)
+            (loss, outputs, heads), at = one, at + stride
+    return CrossValidated(GRID[at], outputs, loss, problem.outwards(heads))
 
 
 def stratified_folds(targets: Sequence[object], groups: Sequence[int], seed: int) -> torch.Tensor:

@@ -126,24 +126,26 @@ class _Solving:
         is_measured = trial.spec.init_head is None and self.train.key
         key = ("axes", self.train.key) if is_measured else None
         axes = kept(key, lambda: principal_axes(rows), lambda found: found.bytes)
-        return Problem(rows, self.targets, trial.loss, self.readout.output, trial.num_outputs, axes)
+        # Of classes the outputs are the logits themselves.
+        output = self.readout.output if trial.task.name == "regression" else None
+        return Problem(rows, self.targets, trial.loss, trial.num_outputs, output, axes)
 
     def state(self, found: CrossValidated, share: float) -> dict[str, torch.Tensor]:
         """The readout's tensors with the optimum for the penalty that this share of the rows found."""
         self.solve(found.penalty * share, found)
         return {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
 
-    def solve(self, penalty: float, found: CrossValidated | None = None) -> torch.Tensor:
-        """The optimal head (D + 1, K), put into the readout too."""
-        linear = only_linear(self.readout.head)
+    def solve(self, penalty: float, found: CrossValidated | None = None) -> float:
+        """Put the optimal head into the readout. Returns: its mean training loss."""
+        linear, problem = only_linear(self.readout.head), self.problem
         rows = torch.arange(len(self.train), device=self.trial.device)
-        head: torch.Tensor
-        start = None if found is None else found.heads.mean(dim=0, keepdim=True)
-        (head,) = self.problem.solve([penalty], [rows], tolerance=FINE, start=start)
+        start = None if found is None else problem.inwards(found.heads.mean(dim=0, keepdim=True))
+        heads, losses = problem.solve([penalty], [rows], tolerance=FINE, start=start)
+        (head,) = problem.outwards(heads)
         with torch.no_grad():
             linear.weight.copy_(head[:-1].T)
             linear.bias.copy_(head[-1])
-        return head
+        return float(losses)
 
     def fitted(
         self,
@@ -155,12 +157,11 @@ class _Solving:
         trial = self.trial
         # All of it, since to change the number of threads costs as much as a dozen small steps.
         with torch.no_grad(), threads_for(self.train.shape[0] * self.train.shape[1] * trial.num_outputs):
-            head = self.solve(penalty, found)
+            train_loss = self.solve(penalty, found)
             features = trial.features([trial.spec.evaluate_on], self.kind)
             valid = trial.rows(self.readout, features, of=self.train)
             batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
             logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
-            train_loss = self.problem.mean_loss(self.problem.answers(head))
             found_here = trial.evaluate(logits, 1)
         is_proven = found is not None and len(found.outputs) == len(self.train)
         held_out = (
@@ -169,6 +170,7 @@ class _Solving:
             else trial.task.predict(found.outputs.float().cpu().numpy())
         )
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}
+        numbers = sum(parameter.numel() for parameter in self.readout.head.parameters())
         chosen = None if found is None else penalty
-        fitted = Fitted(1, found_here, state, self.kind, 1, head.numel(), False, held_out, start, chosen)
+        fitted = Fitted(1, found_here, state, self.kind, 1, numbers, False, held_out, start, chosen)
         return fitted, train_loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from tlauto import metrics
 from tlauto.contracts import FreezeStrategy, Task, TaskHead, TrialSpec
 from tlauto.data import Dataset
 from tlauto.errors import Diverged, TrialError
+from tlauto.losses import Loss
 from tlauto.plugins import Registry
 from tlauto.training.checkpoint import start_from
 from tlauto.training.features import FeatureSource, sample_indices
@@ -23,8 +24,6 @@ from tlauto.training.rows import Rows
 from tlauto.training.stored import Features, SideBySide
 from tlauto.training.tasks import find_task
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -33,7 +32,7 @@ class Trial:
     Attributes:
         train_targets, valid_targets: of `spec.fit_on` and `spec.evaluate_on`, as the task encodes
             them.
-        loss: the task's mean loss of (logits, targets).
+        loss: the task's, of (logits, targets).
         beside: further backbones whose features the head reads beside those of `source`.
     """
 
