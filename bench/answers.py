@@ -98,7 +98,7 @@ def load(path: Path) -> Answers:
     if not path.is_file():
         return found
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             found.targets = {part: file[f"{part} targets"] for part in PARTS if f"{part} targets" in file}
             found.seen = set(file["seen"].tolist())
             for part in PARTS:

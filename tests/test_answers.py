@@ -121,13 +121,25 @@ def test_trials_without_answers_are_recorded_again_with_the_same_points(
             assert np.array_equal(found.given[number][part], answers.given[number][part])
 
 
+def each_unsure_of_others(answers: Answers) -> Answers:
+    """Answers of the same trials for the same images, each wrong about a third of its own choice."""
+    given = {}
+    for number, parts in answers.given.items():
+        random, given[number] = np.random.default_rng(number), {}
+        for part in parts:
+            targets = answers.targets[part]
+            said = np.where(random.random(len(targets)) < 1 / 3, (targets + 1) % 3, targets)
+            given[number][part] = np.where(np.eye(3)[said] > 0, 140, 80).astype(np.uint8)
+    return Answers(answers.targets, given, answers.seen)
+
+
 @pytest.mark.slow
 def test_a_simulated_search_ships_what_answers_best_together(table: Table, answers: Answers) -> None:
     # Even seconds: what a budget allows must not depend on the machine.
     rows = [replace(r, epochs=[(s, loss, 1.0) for s, loss, _ in r.epochs], seconds=len(r.epochs) + 0.5)
             for r in table.rows]  # fmt: skip
     even = Table({**table.header, "features_seconds": dict.fromkeys(table.infos(), 2.0)}, rows)
-    known = replay.Recordings(even, answers)
+    known = replay.Recordings(even, each_unsure_of_others(answers))
     marks = [1.0, 9.0, 15.0]
     done = replay.search(known, seed=0, budget=15.0, marks=marks)
     assert done.together[1.0] == {}, "nothing has ended yet"

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from tlauto.backbone.levels import Handovers
+from tlauto.backbone.levels import Handovers, Run
 from tlauto.backbone.split import Parts, cut
 from tlauto.backbone.stages import Features, device_of
 from tlauto.contracts import Backbone, FeatureShape, ImageInput
@@ -40,7 +40,7 @@ class TorchBackbone:
         parts: modules whose calls show the order in which the parameters are used, where these are
             not the submodules of `module`.
 
-    `feature_shape` is measured with one forward pass at `input.size`, never read from the network's
+    `feature_shape` is measured with a forward pass at `input.size`, never read from the network's
     own claims. Last stages that `unpooled` does not run through (VGG's dense layers) join the one
     before them, so that "the last stage" holds something for either kind of features.
 
@@ -87,14 +87,14 @@ class TorchBackbone:
         """Features (N, F) of all levels, in the form of `level_shape`, `pooled` last."""
         if self.module not in _handovers:
             with torch.no_grad():
-                _handovers[self.module] = self._find_handovers(images[:1])
+                _handovers[self.module] = self._find_handovers(images[:1], self.pooled)
         return _handovers[self.module].levels(images, self.pooled)
 
-    def _find_handovers(self, images: torch.Tensor) -> Handovers:
+    def _find_handovers(self, images: torch.Tensor, run: Run) -> Handovers:
         parameters = dict(self.module.named_parameters())
         numbered = ((i, name) for i, names in enumerate(self.stages) for name in names)
         stage_of = {id(parameters[name]): i for i, name in numbered if name in parameters}
-        return Handovers(self._seen_parts(), stage_of, run=self.pooled, images=images)
+        return Handovers(self._seen_parts(), stage_of, run=run, images=images)
 
     def _seen_parts(self) -> Parts:
         return self._parts() if self._parts else [(m, list(m.parameters())) for m in self.module.modules()]
@@ -135,27 +135,40 @@ class TorchBackbone:
         ran: set[str] = set()
         hooks = [m.register_forward_hook(_noting(ran, name)) for name, m in self.module.named_modules()]
         images = torch.zeros(1, 3, self.input.size, self.input.size, device=device_of(self.module))
+        called: set[str] = set()
+        shapes: dict[str, torch.Size] = {}
+
+        def unpooled(images: torch.Tensor) -> torch.Tensor:
+            maps = self.unpooled(images)
+            shapes["unpooled"] = maps.shape
+            called.update(ran)
+            return maps
+
+        def pooled(images: torch.Tensor) -> torch.Tensor:
+            is_mean = self._pooled is None  # one pass for both then
+            found = mean_of_map(self.module, unpooled(images)) if is_mean else self.pooled(images)
+            shapes["pooled"] = found.shape
+            return found
+
         try:
             self.module.eval()
             with torch.no_grad():
-                unpooled = self.unpooled(images)
-                called = set(ran)
-                handovers = self._find_handovers(images)
-                pooled = self.pooled(images)
+                if self._pooled is not None:
+                    unpooled(images)
+                handovers = self._find_handovers(images, pooled)
         finally:
             for handle in hooks:
                 handle.remove()
             for module, mode in modes.items():
                 module.training = mode
-        if pooled.ndim != 2 or unpooled.ndim != 4:
+        narrow, wide = shapes["pooled"], shapes["unpooled"]
+        if len(narrow) != 2 or len(wide) != 4:
             raise PluginError(
-                f"the backbone {type(self.module).__name__} gives pooled features of shape "
-                f"{tuple(pooled.shape)} and unpooled ones of shape {tuple(unpooled.shape)}; "
-                f"they must be (N, D) and (N, C, H, W)"
+                f"the backbone {type(self.module).__name__} gives pooled features of shape {tuple(narrow)} "
+                f"and unpooled ones of shape {tuple(wide)}; they must be (N, D) and (N, C, H, W)"
             )
-        channels, height, width = unpooled.shape[1:]
         _handovers[self.module], self.level_shape = handovers, handovers.shape
-        return FeatureShape(pooled.shape[1], (channels, height, width)), called
+        return FeatureShape(narrow[1], (wide[1], wide[2], wide[3])), called
 
 
 def hash_weights(backbone: Backbone) -> str:
