@@ -70,6 +70,20 @@ def test_measuring_leaves_modes_and_statistics_as_they_were() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
+@pytest.mark.parametrize("pools", [False, True])
+def test_no_more_passes_are_taken_to_measure_than_there_are_kinds_of_features(pools: bool) -> None:
+    net, passes = Net(), []
+    net.stem.register_forward_hook(lambda *_: passes.append(1))
+    pooled = (lambda m, x: m(x)) if pools else None
+    backbone = TorchBackbone(
+        net, INPUT, stages_by_unit(net, ["stem"]), pooled=pooled, unpooled=lambda m, x: m.maps(x)
+    )
+    assert len(passes) == 1 + pools
+    assert backbone.feature_shape.pooled == (16 if pools else 8)
+    backbone.levels(torch.zeros(1, 3, 32, 32))
+    assert len(passes) == 2 + pools, "what was seen then is known"
+
+
 def test_without_a_pooling_of_its_own_the_map_is_averaged() -> None:
     net = Net()
     backbone = TorchBackbone(net, INPUT, stages_by_unit(net, ["stem"]), unpooled=lambda m, x: m.maps(x))
