@@ -98,17 +98,26 @@ def test_trials_read_as_if_optuna_had_written_them(url: str, together: bool) -> 
     assert [trial["state"] for trial in expected] == states
 
 
-def test_a_proposal_is_a_statement_for_each_table(url: str) -> None:
+def test_a_proposal_and_an_end_are_a_statement_for_each_table(url: str) -> None:
     with closing(Study(url, "s", seed=1, create=True)) as study:
         written: list[str] = []
 
         @sqlalchemy.event.listens_for(study._storage.engine, "before_cursor_execute")
         def note(_c: object, _cursor: object, statement: str, *_: object) -> None:
-            written.extend(statement.split()[2:3] if statement.startswith("INSERT") else [])
+            words = statement.split()
+            written.extend({"INSERT": words[2:3], "UPDATE": words[1:2]}.get(words[0], []))
 
-        params = study.ask(make_space()).params
-        assert len(params) > 8
+        first = study.ask(make_space())
+        assert len(first.params) > 8
         assert sorted(written) == ["trial_params", "trial_user_attributes", "trials"]
+        written.clear()
+        with study.together():
+            study.note(first.number, val_loss=0.5)
+            study.tell(first.number, 0.75)
+            study.ask(make_space())
+        assert sorted(written) == sorted([
+            "trials", "trial_params", "trial_user_attributes", "trial_values", "trials",
+        ])  # fmt: skip
 
 
 @pytest.mark.parametrize("ask", [True, False])

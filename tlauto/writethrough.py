@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import orm
 
 from tlauto.connections import is_deadlock
-from tlauto.rows import Rows
+from tlauto.rows import Rows, new_trial
 
 TRIES = 5
 """How often changes are written that the database undid since another program, such as one that deletes the
@@ -52,7 +52,7 @@ class WriteThrough(InMemoryStorage):
 
     Optuna's own cache reads all trials that run from the database at each look, and writes every
     parameter and attribute in a transaction of its own. Changes within `together` are one transaction,
-    written at its end: new trials, then what is known of trials, then which of them are over.
+    written at its end: which trials are new or begin, then what is known of trials, then which are over.
 
     Args:
         database: where the study is, or is to be made.
@@ -68,7 +68,6 @@ class WriteThrough(InMemoryStorage):
         self._trial_ids: list[int] = []
         self._new: list[Callable[[], object]] = []
         self._rows = Rows()
-        self._ends: list[Callable[[], object]] = []
         self._depth = 0
         known = {study.study_name: study._study_id for study in database.get_all_studies()}
         if name in known:
@@ -90,7 +89,6 @@ class WriteThrough(InMemoryStorage):
             if not self._depth:
                 self._new.clear()
                 self._rows.clear()
-                self._ends.clear()
 
     def remove_session(self) -> None:
         """Close this thread's connection."""
@@ -107,9 +105,13 @@ class WriteThrough(InMemoryStorage):
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Add a trial to both."""
         trial_id = super().create_new_trial(study_id, template_trial)
-        self._later(
-            lambda: self._trial_ids.append(self._database.create_new_trial(self._study_id, template_trial))
-        )
+
+        def write() -> int:
+            if template_trial is None:
+                return new_trial(self._sessions(), self._study_id)
+            return self._database.create_new_trial(self._study_id, template_trial)
+
+        self._later(lambda: self._trial_ids.append(write()))
         return trial_id
 
     set_study_user_attr = _of_study("set_study_user_attr")
@@ -152,8 +154,11 @@ class WriteThrough(InMemoryStorage):
         """Begin or end a trial in both; False when there was nothing to begin."""
         if not super().set_trial_state_values(trial_id, state, values):
             return False
-        with self.together():
-            self._ends.append(
+        if state.is_finished():
+            with self.together():
+                self._rows.add_end(trial_id, state, values or ())
+        else:
+            self._later(
                 lambda: self._database.set_trial_state_values(self._trial_ids[trial_id], state, values)
             )
         return True
@@ -193,8 +198,6 @@ class WriteThrough(InMemoryStorage):
             for write in self._new:
                 write()
             self._rows.write(session, self._trial_ids)
-            for write in self._ends:
-                write()
         except BaseException:
             session.is_held = False
             session.rollback()
