@@ -13,16 +13,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tlauto.builtin.tasks import task as find_task
 from tlauto.config import PRESETS, Preset
 from tlauto.contracts import BackboneInfo
-from tlauto.devices import available_cores
 from tlauto.errors import DataError
-from tlauto.plugins import loaded_libraries, registry
+from tlauto.plugins import registry
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
 
@@ -135,18 +133,6 @@ def use_preset(epochs: int, epoch_images: int) -> Preset:
         usual, finetune_epochs=epochs, cpu_epoch_images=epoch_images, fixed={**usual.fixed, **ALONE}
     )
     return PRESETS[PRESET]
-
-
-def about_run() -> dict[str, Any]:
-    """Where and when a run recorded; its seconds are processor time whatever the load was."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "clock": "processor seconds",
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "cores": available_cores(),
-        "threads": int(os.environ["TLAUTO_THREADS"]),
-        "versions": dict(loaded_libraries()),
-    }
 
 
 def _short(row: Recorded) -> dict[str, Any]:

@@ -11,19 +11,14 @@ are TPE with Hyperband, TPE alone and random search, as Optuna's documentation s
 The budget is what `--trials` trials of random search cost on average, where strategies are equally
 likely whatever their shares in the table, and one pass of every backbone over the images.
 
-At a share of the budget a policy is asked for what it would ship. Its regret is the best test score of a
-trial in the table minus what it ships has, over the best minus the median configuration's; without a trial
-yet it is 1. A trial that was stopped early counts with the test score of its whole course. The others ship
-the trial that they hold to be the best. A search of tlauto ships several trials that answer together,
-chosen by the code that ends it, of those whose answers are kept beside the table (`answers.py`); where
-they are better than the best single trial the regret counts as 0, not less. `tlauto, one model` is what
-it would ship with `--ensemble 1`.
-
-Scores are of few images, so that the best of a table was lucky on its test part: the last two rows show
-the regret of whoever has seen a whole table for nothing and ships the trial with the best validation
-score, or the frozen one with the best cross-validated score (of equal ones, their mean). A simulated
-search that has used up all recorded trials of the strategy it wants ends there (column `ended`): with
-many of those the table is too small for the budget.
+At a share of the budget a policy is asked for the trial that it would ship. Its regret is the best test
+score in the table minus that trial's, over the best minus the median configuration's; without a trial
+yet it is 1. A trial that was stopped early counts with the test score of its whole course. Scores are of
+few images, so that the best of a table was lucky on its test part: the last two rows show the regret of
+whoever has seen a whole table for nothing and ships the trial with the best validation score, or the frozen
+one with the best cross-validated score (of equal ones, their mean). A simulated search that has used up all
+recorded trials of the strategy it wants ends there (column `ended`): with many of those the table is too
+small for the budget.
 
 `--set NAME=VALUE` changes a constant of tlauto's policy by its dotted name (`rungs.FIRST=4`); `--vary
 NAME=VALUE,VALUE` compares values of one. A module that imported the constant by name keeps its own.
@@ -33,8 +28,6 @@ Prints tables for bench/RESULTS.md; the last line of standard output is one JSON
     policy_regret_ratio    tlauto's mean regret over TPE+Hyperband's at 25 % of the budget
     policy_regret_ratio_low, policy_regret_ratio_high
                            its 95 % interval, by bootstrap over the seeds
-    policy_regret_ratio_one_model, with _low and _high
-                           the same where tlauto ships one trial
     regret all seen by ... mean over the tables of what has seen everything
     ended                  simulated searches that ran out of recorded trials, by policy
     simulations_a_minute   simulated searches, all processes together
@@ -53,7 +46,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,8 +54,6 @@ from typing import Any
 import numpy as np
 import opponents
 import replay
-from answers import beside
-from answers import load as load_answers
 from curves import Recorded, Table, load
 from opponents import OPPONENTS
 
@@ -72,7 +63,7 @@ from tlauto.errors import ConfigError, TlautoError
 SHARES = (0.25, 0.5, 1.0)
 """Parts of the budget at which policies are asked."""
 
-OURS, ALONE, RIVAL = "tlauto", "tlauto, one model", "tpe+hyperband"
+OURS, RIVAL = "tlauto", "tpe+hyperband"
 RESAMPLES = 2000
 
 Settings = tuple[tuple[str, Any], ...]
@@ -93,24 +84,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated search came to: its regret at each of `SHARES`, as far as it went.
-
-    Attributes:
-        regrets: of what it ships; alone: of its best trial.
-    """
+    """What a simulated search came to: its regret at each of `SHARES`, as far as it went."""
 
     job: Job
     regrets: tuple[float, ...]
-    alone: tuple[float, ...]
     trials: int
     is_exhausted: bool
 
 
-Tables = Mapping[str, Sequence[Outcome]]
-"""By table, in order of seeds."""
-
-Outcomes = Mapping[str, Tables]
-"""By policy."""
+Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
+"""By policy, then by table, in order of seeds."""
 
 
 def main() -> None:
@@ -139,11 +122,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         for outcome in processes.map(simulate, jobs, chunksize=max(1, len(jobs) // args.workers // 8)):
             name = Path(outcome.job.table).name.partition(".")[0]
             found.setdefault(outcome.job.policy, {}).setdefault(name, []).append(outcome)
-    found = {OURS: found.pop(OURS), ALONE: {}, **found}
-    found[ALONE] = {
-        name: [replace(outcome, regrets=outcome.alone) for outcome in outcomes]
-        for name, outcomes in found[OURS].items()
-    }
     minutes = (time.perf_counter() - started) / 60
     shares = [share for share in SHARES if share <= args.until]
     show(found, shares, args)
@@ -212,7 +190,7 @@ def applied(settings: Settings) -> Iterator[None]:
 @lru_cache(maxsize=8)
 def recordings(path: str) -> replay.Recordings:
     """A table, read once in each process. Raises: ConfigError when it cannot tell policies apart."""
-    found = replay.Recordings(load(Path(path)), load_answers(beside(Path(path))))
+    found = replay.Recordings(load(Path(path)))
     best, median = scale(found.table)
     if best <= median:
         raise ConfigError(f"the configurations of {path} are all alike: nothing to compare policies by")
@@ -239,32 +217,21 @@ def simulate(job: Job) -> Outcome:
     known = recordings(job.table)
     budget = budget_of(known.table, job.trials)
     until = job.until * budget
-    marks = [share * budget for share in SHARES if share <= job.until]
     with applied(job.settings):
         if job.policy in OPPONENTS:
             done = opponents.search(job.policy, known, seed=job.seed, budget=until)
         else:
-            done = replay.search(known, seed=job.seed, budget=until, marks=marks)
-    alone = tuple(regret(known.table, done, mark) for mark in marks)
-    regrets = tuple(
-        regret_together(known, weights) if len(weights := done.together.get(mark, {})) > 1 else one
-        for mark, one in zip(marks, alone, strict=True)
-    )
-    return Outcome(job, regrets, alone, len(done.account.trials), done.account.is_exhausted)
+            done = replay.search(known, seed=job.seed, budget=until)
+    regrets = tuple(regret(known.table, done, share * budget) for share in SHARES if share <= job.until)
+    return Outcome(job, regrets, len(done.account.trials), done.account.is_exhausted)
 
 
 def regret(table: Table, done: replay.Simulated, seconds: float) -> float:
-    """Normalised regret of a search's best trial after some seconds: 0 is the best of the table."""
+    """Normalised regret of what a search would ship after some seconds: 0 is the best of the table."""
     shipped = [row for at, row in done.curve if at <= seconds]
     if not shipped or shipped[-1].test is None:
         return 1.0
     return _normalised(table, shipped[-1].test)
-
-
-def regret_together(known: replay.Recordings, weights: Mapping[int, float]) -> float:
-    """The same of trials that answer together, by weight; 0 too where they are better than any alone."""
-    score = known.answers.test_score(known.table.header["metric"], weights)
-    return max(0.0, _normalised(known.table, score))
 
 
 def _normalised(table: Table, test: float) -> float:
@@ -311,12 +278,12 @@ def all_seen(table: Table, score: Callable[[Recorded], float | None]) -> float:
     return statistics.mean([_normalised(table, test) for found, test in scored if found == most] or [1.0])
 
 
-def every(tables: Tables) -> list[Outcome]:
+def every(tables: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
     """A policy's simulated searches over all tables."""
     return [outcome for outcomes in tables.values() for outcome in outcomes]
 
 
-def interval(tables: Tables, place: int) -> str:
+def interval(tables: Mapping[str, Sequence[Outcome]], place: int) -> str:
     """Mean regret over tables and seeds with its 95 % interval."""
     means = matrix(tables, place).mean(axis=0)  # (seeds,)
     low, high = np.percentile(means[resampled(len(means))].mean(axis=1), [2.5, 97.5])
@@ -329,23 +296,17 @@ def figures(found: Outcomes, shares: Sequence[float]) -> dict[str, float | None]
     for policy, tables in found.items():
         for place, share in enumerate(shares):
             named[f"regret {policy} {share:g}"] = round(float(matrix(tables, place).mean()), 4)
-    for policy, suffix in ((OURS, ""), (ALONE, "_one_model")):
-        named |= ratio(found[policy], found[RIVAL], f"policy_regret_ratio{suffix}")
+    ours, theirs = (matrix(found[name], 0).mean(axis=0) for name in (OURS, RIVAL))
+    chosen = resampled(len(ours))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = ours[chosen].mean(axis=1) / theirs[chosen].mean(axis=1)
+        values = [ours.mean() / theirs.mean(), *np.percentile(ratios, [2.5, 97.5])]
+    names = ("policy_regret_ratio", "policy_regret_ratio_low", "policy_regret_ratio_high")
+    named |= {n: round(float(v), 4) if np.isfinite(v) else None for n, v in zip(names, values, strict=True)}
     return named
 
 
-def ratio(ours: Tables, theirs: Tables, name: str) -> dict[str, float | None]:
-    """Ratio of mean regrets at the first share, and its 95 % interval, as named figures."""
-    a, b = (matrix(tables, 0).mean(axis=0) for tables in (ours, theirs))
-    chosen = resampled(len(a))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = a[chosen].mean(axis=1) / b[chosen].mean(axis=1)
-        values = [a.mean() / b.mean(), *np.percentile(ratios, [2.5, 97.5])]
-    names = (name, f"{name}_low", f"{name}_high")
-    return {n: round(float(v), 4) if np.isfinite(v) else None for n, v in zip(names, values, strict=True)}
-
-
-def matrix(tables: Tables, place: int) -> np.ndarray:
+def matrix(tables: Mapping[str, Sequence[Outcome]], place: int) -> np.ndarray:
     """Regrets (tables, seeds) at one share."""
     return np.stack([regrets(outcomes, place) for outcomes in tables.values()])
 

@@ -13,8 +13,6 @@ Nothing is pruned and patience is off for trials that train the backbone, so tha
 they all start from the head of the backbone's probe. Frozen trials end as in a search. One that comes
 near the probe on validation runs once more with cross-validation, since a search would ask for that.
 Every final model is tested, outside its seconds: policies choose by validation, and are judged by that.
-What it answers, image by image, is kept beside the table (`answers.py`); `--again STRATEGY` records the
-trials of a table that has none once more, those of some strategies, with the points that it has.
 
 Seconds are processor time of this process, so they hardly depend on what else runs; the load is in the
 table's header all the same. A backbone's first pass over the images is timed by itself. Activations of
@@ -32,13 +30,12 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from answers import Answers, beside
-from answers import load as load_answers
-from curves import ALONE, FORMAT, PRESET, Recorded, Table, about_run, load, use_preset
+from curves import ALONE, FORMAT, PRESET, Recorded, Table, load, use_preset
 
 from tlauto.config import SearchConfig
 from tlauto.contracts import EpochResult, TrialDone, TrialFailed, TrialSpec, trains_backbone
@@ -46,18 +43,13 @@ from tlauto.data import Dataset
 from tlauto.devices import available_cores, make_slots
 from tlauto.errors import DataError, TlautoError
 from tlauto.pace import PROBE_STRATEGY
-from tlauto.plugins import registry
+from tlauto.plugins import loaded_libraries, registry
 from tlauto.pool.protocol import Answer, Message, RunTrial, Stop
 from tlauto.schedule import INIT_FILES, Plan
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Choice, Float, Int, Parameter, Scalar
 from tlauto.study import TrialRecord
 from tlauto.worker import serve
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from tlauto.training.trial import Evaluation
 
 SHARES = "feature_extraction=0.8,partial=0.15,full=0.05"
 
@@ -102,15 +94,11 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
     path = out / f"{header['data']}.jsonl.gz"
     table = continued(path, header)
     table.header["runs"].append(about_run())
-    recorder = Recorder(plan, dataset, table, path, again=args.again)
-    try:
-        for number, point, purpose in points(plan, args):
-            if time.monotonic() >= deadline:
-                break
-            known = recorder.known.get(number)
-            recorder.need(number, dict(known.params) if known else point, purpose)
-    finally:
-        recorder.answers.save(beside(path), table)
+    recorder = Recorder(plan, dataset, table, path)
+    for number, point, purpose in points(plan, args):
+        if time.monotonic() >= deadline:
+            break
+        recorder.need(number, point, purpose)
     failed = len(table.rows) - len(table.sound)
     return {"table": str(path), "configs": len(table.rows), "failed": failed, "bytes": path.stat().st_size}
 
@@ -156,6 +144,18 @@ def header_of(
         "fixed": {name: value for name, value in plan.space.fixed.items() if name not in ALONE},
         "features_seconds": {},
         "runs": [],
+    }
+
+
+def about_run() -> dict[str, Any]:
+    """Where and when a run recorded; its seconds are processor time whatever the load was."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "clock": "processor seconds",
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "cores": available_cores(),
+        "threads": int(os.environ["TLAUTO_THREADS"]),
+        "versions": dict(loaded_libraries()),
     }
 
 
@@ -206,36 +206,26 @@ def draw(space: SearchSpace, shares: Mapping[str, float], seed: str) -> Point:
 
 
 class Recorder:
-    """Runs trials and keeps what they do.
+    """Runs trials and keeps what they do."""
 
-    Args:
-        again: strategies whose trials are recorded once more unless their answers are kept.
-    """
-
-    def __init__(
-        self, plan: Plan, dataset: Dataset, table: Table, path: Path, *, again: Collection[str] = ()
-    ) -> None:
+    def __init__(self, plan: Plan, dataset: Dataset, table: Table, path: Path) -> None:
         self.plan = plan
         self.dataset = dataset
         self.table = table
         self.path = path
         self.known = {row.number: row for row in table.rows}
-        self.answers: Answers = load_answers(beside(path))
-        self.again = again
         self.probes: dict[str, tuple[Path, float]] = {}
         self.warmed: set[str] = set()
 
     def need(self, number: int, point: Point, purpose: str) -> None:
         """Record a point unless that was done; a probe's head must be there in any case."""
         spec = self.spec(number, point, purpose)
-        is_missing = number not in self.known or (
-            spec.strategy in self.again and number not in self.answers.seen
-        )
+        is_missing = number not in self.known
         folder = Path(spec.folder)
         if is_missing:
             self.warm(spec)
             self.known[number] = self.run(spec)
-            self.table.rows[:] = [self.known[n] for n in sorted(self.known)]
+            self.table.rows.append(self.known[number])
             self.table.save(self.path)
             shown = f"{spec.backbone}  {spec.strategy}  {spec.head}"
             print(f"{number:4d}  {self.known[number].seconds:7.2f} s  {shown}", flush=True)
@@ -292,12 +282,11 @@ class Recorder:
         done, epochs, seconds = self.measure(spec)
         if isinstance(done, TrialFailed):
             return Recorded(spec.number, point, (), seconds, failed=(done.kind, done.message))
-        (test, targets), held_out, proven = self.test(spec, done), done.held_out, seconds
+        test, held_out, proven = self.test(spec, done), done.held_out, seconds
         probe = self.probes.get(spec.backbone)
         if held_out is None and spec.strategy == PROBE_STRATEGY and probe and done.score >= probe[1] - MARGIN:
             again, _, proven = self.measure(dataclasses.replace(spec, prove_above=float("-inf")))
             held_out = again.held_out if isinstance(again, TrialDone) else None
-        self.answers.add_trial(spec.number, Path(spec.folder), test.predictions, targets)
         return Recorded(
             number=spec.number,
             params=point,
@@ -306,7 +295,7 @@ class Recorder:
             best_epoch=min(done.best_epoch, len(epochs)),
             held_out=None if held_out is None else round(held_out, 4),
             proven_seconds=None if held_out is None else proven,
-            test=round(test.score, 4),
+            test=round(test, 4),
         )
 
     def measure(self, spec: TrialSpec) -> tuple[TrialDone | TrialFailed, list[Epoch], float]:
@@ -329,8 +318,8 @@ class Recorder:
         serve(jobs.popleft, send, "cpu")
         return ended[0][0], epochs, ended[0][1]
 
-    def test(self, spec: TrialSpec, done: TrialDone) -> tuple[Evaluation, np.ndarray]:
-        """How a trial's model does on the test part, and that part's targets."""
+    def test(self, spec: TrialSpec, done: TrialDone) -> float:
+        """Score of a trial's model on the test part."""
         import torch
 
         from tlauto.training.batches import centre_batches
@@ -350,7 +339,7 @@ class Recorder:
                 readout = trial.readout(kind_of(checkpoint))
                 start_from(readout, checkpoint, spec)
                 logits = readout.eval().read(trial.source.features(["test"], readout.kind).tensor())
-        return trial.evaluate(logits, done.best_epoch), trial.valid_targets
+        return trial.evaluate(logits, done.best_epoch).score
 
 
 def parse() -> argparse.Namespace:
@@ -368,9 +357,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epoch-images", type=int, default=128, help="images of such an epoch")
     parser.add_argument(
         "--shares", type=parse_shares, default="feature_extraction=0.8,partial=0.15,full=0.05"
-    )
-    parser.add_argument(
-        "--again", type=lambda text: text.split(","), default=[], metavar="STRATEGY[,STRATEGY]"
     )
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false")

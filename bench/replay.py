@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from answers import Answers
 from curves import PRESET, Recorded, Table, use_preset
 from torch import nn
 
@@ -27,13 +26,11 @@ from tlauto.pace import PROBE_STRATEGY, Sizes
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, Message, RunTrial, WriteBundle
 from tlauto.prepare import Session, propose_first
-from tlauto.ranking import best_trial
-from tlauto.results.finish import together_weights
 from tlauto.rungs import STATE_FILE
 from tlauto.schedule import Plan
 from tlauto.space import Choice, Parameter, Scalar
 from tlauto.store import Store
-from tlauto.study import Study, TrialRecord
+from tlauto.study import Study
 from tlauto.tables import MEMORY
 from tlauto.training.trial import Best, Evaluation
 
@@ -54,11 +51,10 @@ class Ended(Exception):
 
 
 class Recordings:
-    """A table, ready for looking up the nearest configurations, and what its trials answered."""
+    """A table, ready for looking up the nearest configurations."""
 
-    def __init__(self, table: Table, answers: Answers | None = None) -> None:
+    def __init__(self, table: Table) -> None:
         self.table = table
-        self.answers = answers or Answers()
         self.space = table.space()
         self.parameters: dict[str, Parameter] = {}
         for row in table.rows:
@@ -155,50 +151,31 @@ class Simulated:
     Attributes:
         curve: seconds and the row of the trial that the policy would ship from then on.
         account: what ran.
-        together: seconds and the weights, by number of their rows, of the trials that it would have
-            answer together after so long; for the seconds that were asked for.
     """
 
     curve: list[tuple[float, Recorded]]
     account: Account
-    together: dict[float, dict[int, float]] = field(default_factory=dict)
 
 
-def search(
-    recordings: Recordings, *, seed: int, budget: float, emit: Emit = ignore, marks: Sequence[float] = ()
-) -> Simulated:
-    """tlauto's own search over a table, until its budget of seconds is used up.
-
-    Args:
-        marks: seconds after which to tell what would answer together.
-    """
+def search(recordings: Recordings, *, seed: int, budget: float, emit: Emit = ignore) -> Simulated:
+    """tlauto's own search over a table, until its budget of seconds is used up."""
     account = Account(recordings, budget)
     pool = ReplayPool(account)
     curve: list[tuple[float, Recorded]] = []
-    states: list[tuple[float, list[TrialRecord]]] = []
 
     def hear(event: object) -> None:
         emit(event)
-        if not isinstance(event, Progress):
-            return
-        states.append((account.seconds, session.study.trials()))
-        if event.best_number is not None:
+        if isinstance(event, Progress) and event.best_number is not None:
             best = pool.rows[event.best_number]
             if not curve or curve[-1][1] is not best:
                 curve.append((account.seconds, best))
-
-    def together(mark: float) -> dict[int, float]:
-        trials = [trials for at, trials in states if at <= mark][-1:]
-        best = best_trial(trials[0]) if trials else None
-        weights = together_weights(session, best, trials[0]) if best else {}
-        return {pool.rows[number].number: weight for number, weight in weights.items()}
 
     with tempfile.TemporaryDirectory() as folder:
         session = open_replay(recordings, pool, Path(folder), seed)
         try:
             run(session.config, emit=hear, session=session)
         except Ended:
-            return Simulated(curve, account, {mark: together(mark) for mark in marks})
+            return Simulated(curve, account)
     raise RuntimeError(f"a search of {ENDLESS} trials ended before its time was up")
 
 
@@ -338,8 +315,6 @@ class ReplayPool:
         self.account.trials.append((row.number, trial.before + 1, best.seen, trial.seconds))
         self._running = None
         score = best.winner.score
-        answers = self.account.recordings.answers
-        answers.write_predictions(row.number, Path(spec.folder), is_proven=is_proven)
         self._say(
             TrialDone(
                 spec.number, score, {spec.metric: {"value": score, "low": score, "high": score}},

@@ -92,7 +92,7 @@ def bundle_job(session: Session, spec: TrialSpec, done: TrialDone) -> WriteBundl
 def _refits(session: Session, best: TrialRecord) -> tuple[list[_Refit], _Refit | None]:
     """What answers together, the winner first, and the default recipe unless it is the winner."""
     trials = {trial.number: trial for trial in session.study.trials()}
-    weights = together_weights(session, best, list(trials.values()))
+    weights = _weights(session, best, list(trials.values()))
     members = [
         _refit(session, trials[number], WINNER if place == 0 else MEMBER - place + 1, weight)
         for place, (number, weight) in enumerate(weights.items())
@@ -106,7 +106,7 @@ def _refits(session: Session, best: TrialRecord) -> tuple[list[_Refit], _Refit |
     return members, _refit(session, default, DEFAULT)
 
 
-def together_weights(session: Session, best: TrialRecord, trials: Sequence[TrialRecord]) -> dict[int, float]:
+def _weights(session: Session, best: TrialRecord, trials: Sequence[TrialRecord]) -> dict[int, float]:
     """Weights of the trials that answer together, by number, the winner first."""
     most = session.config.ensemble
     able = [trial for trial in ensemble.candidates(proven(trials)) if trial.number != best.number]
