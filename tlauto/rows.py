@@ -93,18 +93,13 @@ class Rows:
         touched = {trial for rows in self._tables.values() for trial, _ in rows} | self._ends.keys()
         if touched:
             _check(session, [trial_ids[trial] for trial in touched])
-        insert = _INSERT[session.get_bind().dialect.name]
+        dialect = session.get_bind().dialect.name
         for model, rows in self._tables.items():
             values = [{"trial_id": trial_ids[trial], **row} for (trial, _), row in rows.items()]
-            statement, keys = insert(model.__table__), ("trial_id", _KEYS[model])
-            changed = {name: statement.excluded[name] for name in values[0] if name not in keys}
-            session.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed), values)
+            session.execute(_upsert(model, dialect, tuple(values[0])), values)
         if self._ends:
-            ends = [{"trial": trial_ids[trial], "now": state} for trial, state in self._ends.items()]
-            over = {"state": bindparam("now"), "datetime_complete": _now()}
-            session.execute(
-                update(_TRIALS).where(_TRIALS.c.trial_id == bindparam("trial")).values(over), ends
-            )
+            ends = self._ends.items()
+            session.execute(_END, [{"trial": trial_ids[n], "how": how, "at": _now()} for n, how in ends])
 
     def _add(self, model: Any, trial: int, key: Any, **values: Any) -> None:
         self._tables.setdefault(model, {})[trial, key] = {_KEYS[model]: key, **values}
