@@ -11,6 +11,7 @@ from tlauto import metrics
 from tlauto.builtin.tasks import TASKS, task
 from tlauto.contracts import Task
 from tlauto.errors import ConfigError, DataError
+from tlauto.losses import Loss
 from tlauto.space import complete, defaults
 
 CLASSES = ("ant", "bee", "wasp")
@@ -173,6 +174,7 @@ def test_a_loss_by_image_is_the_mean_and_has_its_slopes(name: str, params: dict[
     targets = np.asarray(targets, dtype=np.int64 if name == "multiclass" else np.float32)
     outputs = 1 if name == "regression" else 3
     loss = task(name).loss(targets, outputs, params)  # type: ignore[arg-type]
+    assert isinstance(loss, Loss)
     heads = [4 * _logits(8, outputs).detach() for _ in range(2)]
     forms = [torch.from_numpy(targets)]
     forms += [functional.one_hot(forms[0], 3).float()] if name == "multiclass" else []
