@@ -98,8 +98,12 @@ class Rows:
             values = [{"trial_id": trial_ids[trial], **row} for (trial, _), row in rows.items()]
             session.execute(_upsert(model, dialect, tuple(values[0])), values)
         if self._ends:
-            ends = self._ends.items()
-            session.execute(_END, [{"trial": trial_ids[n], "how": how, "at": _now()} for n, how in ends])
+            self.write_ends(session, trial_ids)
+
+    def write_ends(self, session: orm.Session, trial_ids: Sequence[int]) -> None:
+        """Write which trials are over, the last of what is written."""
+        ends = self._ends.items()
+        session.execute(_END, [{"trial": trial_ids[n], "how": how, "at": _now()} for n, how in ends])
 
     def _add(self, model: Any, trial: int, key: Any, **values: Any) -> None:
         self._tables.setdefault(model, {})[trial, key] = {_KEYS[model]: key, **values}
