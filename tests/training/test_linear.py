@@ -21,6 +21,7 @@ from tlauto.errors import TrialError
 from tlauto.training.axes import WIDE, principal_axes
 from tlauto.training.lbfgs import minimise
 from tlauto.training.linear import FOLDS, GRID, Problem, cross_validate, stratified_folds
+from tlauto.training.model import Rescale
 from tlauto.training.rows import Rows
 from tlauto.training.stored import Stored
 
@@ -121,6 +122,22 @@ def test_problems_solved_together_are_those_solved_alone() -> None:
     together = problem.outwards(problem.solve(penalties, rows, tolerance=1e-5).heads)
     for i in range(3):
         assert torch.allclose(together[i], solve(problem, penalties[i], rows[i], tolerance=1e-5), atol=2e-3)
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["in memory", "read in blocks"])
+def test_values_in_a_unit_of_their_own_are_learned_and_the_loss_is_that_of_the_answers(limit: int) -> None:
+    known = make_problem(limit=limit)
+    values = torch.from_numpy(np.random.default_rng(1).normal(size=20).astype(np.float32))
+    kilograms = 1000 + 50 * (make_problem().features.whole @ values)
+    output = Rescale(1)
+    output.measure(kilograms)
+    loss = Residual(float(kilograms.std(correction=0)), is_huber=False)
+    problem = Problem(known.features, kilograms, loss, 1, output)
+    heads, losses = problem.solve([1e-4], [everything(problem)], tolerance=1e-5)
+    answers = problem.answers(heads)
+    assert float(losses) == pytest.approx(problem.mean_loss(answers), abs=1e-4)
+    assert float(losses) < 0.01, "guessing the mean is 1"
+    assert torch.allclose(answers[:, 0], kilograms, atol=0.1 * float(kilograms.std()))
 
 
 @pytest.mark.parametrize("rows", [20, 80], ids=["fewer rows", "more rows"])
