@@ -2,8 +2,8 @@
 
     python bench/handover.py --data DIR --out FOLDER --export --weights-dir DIR
 
-`--data DIR:N` makes a dataset with few images: N of each class to learn from, always the same ones,
-and the test part of the whole. Writes FOLDER/handed.json; with --export also the networks of timm and
+`--data DIR:N` makes a dataset with few images: N of each class to learn from (of several labels an image: N
+in all), always the same ones, and the test part of the whole. Writes FOLDER/handed.json; with --export also the networks of timm and
 torchvision, EfficientNet-Lite as timm's, with their weights, for scripts that run where tlauto is not
 installed (`handed.py`). Keras' networks cannot be handed to those.
 """
@@ -57,28 +57,46 @@ def main() -> None:
     (out / "handed.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def place(data: str, out: Path) -> Path:
-    """The dataset's folder, or a manifest in `out` of a few of its images for `DIR:N`."""
+def place(data: str, out: Path, *, test_rest: bool = False) -> Path:
+    """The dataset's folder, or a manifest in `out` of a few of its images for `DIR:N`.
+
+    Args:
+        test_rest: test on every image that is not learned from, instead of on the test part.
+    """
     folder, colon, count = data.rpartition(":")
     if not colon or not count.isdigit():
         return Path(data).resolve()
     dataset, _ = load_dataset(folder, seed=0, allow_leaks=True)
     learned = few(dataset, int(count))
-    manifest = out / f"{Path(folder).name}-{count}.csv"
+    taken = {item.path for item in learned}
+    rest = [item for item in dataset.items if item.path not in taken]
+    tested = rest if test_rest else dataset.part("test")
+    manifest = out / f"{Path(folder).stem}-{count}.csv"
     with manifest.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])
-        for items, split in ((learned, "train"), (dataset.part("test"), "test")):
+        for items, split in ((learned, "train"), (tested, "test")):
             for item in items:
-                writer.writerow([dataset.file(item).resolve(), dataset.classes[int(str(item.target))], split])
+                writer.writerow([dataset.file(item).resolve(), label(dataset, item), split])
     return manifest
 
 
+def label(dataset: Dataset, item: Item) -> str:
+    """What a manifest says of an image of classes."""
+    targets = item.target if isinstance(item.target, tuple) else (int(item.target),)
+    return "|".join(dataset.classes[target] for target in targets)
+
+
 def few(dataset: Dataset, count: int) -> list[Item]:
-    """`count` images of each class from outside the test part, the same ones every time."""
+    """`count` images of each class from outside the test part, the same ones every time.
+
+    Where an image has several labels, `count` in all.
+    """
+    if dataset.task == "regression":
+        sys.exit(f"error: {dataset.root} is for regression; images of each class are drawn for classes only")
     by_class: dict[object, list[Item]] = defaultdict(list)
     for item in dataset.part("train", "val"):
-        by_class[item.target].append(item)
+        by_class[item.target if dataset.task == "multiclass" else ()].append(item)
     least = min(len(items) for items in by_class.values())
     if not 4 <= count <= least:
         sys.exit(f"error: {count} images a class of {dataset.root}: give 4 to {least}, its smallest class")

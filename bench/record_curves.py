@@ -87,7 +87,7 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * args.minutes
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    args.data = str(place(args.data, out))
+    args.data = str(place(args.data, out, test_rest=args.test_rest))
     work = Path(args.work or out / f"{Path(args.data).stem}.work").resolve()
     os.environ["TLAUTO_CACHE"] = str(work / "cache")
     plan, dataset, header = open_data(args, work)
@@ -347,6 +347,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data", required=True, help="dataset folder or manifest; DIR:N: N images a class")
+    parser.add_argument("--test-rest", action="store_true", help="with DIR:N: test on all other images")
     parser.add_argument("--out", default=str(Path(__file__).with_name("curves")), help="folder of the tables")
     parser.add_argument("--work", help="folder of caches and probes; by default beside the table")
     parser.add_argument("--weights-dir", default=os.environ.get("TLAUTO_WEIGHTS"))
