@@ -3,9 +3,9 @@
     python bench/handover.py --data DIR --out FOLDER --export --weights-dir DIR
 
 `--data DIR:N` makes a dataset with few images: N of each class to learn from (of several labels an image: N
-in all), always the same ones, and the test part of the whole. Writes FOLDER/handed.json; with --export also the networks of timm and
-torchvision, EfficientNet-Lite as timm's, with their weights, for scripts that run where tlauto is not
-installed (`handed.py`). Keras' networks cannot be handed to those.
+in all), always the same ones, and the test part of the whole. Writes FOLDER/handed.json; with --export
+also the networks of timm and torchvision, EfficientNet-Lite as timm's, with their weights, for scripts
+that run where tlauto is not installed (`handed.py`). Keras' networks cannot be handed to those.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from simulated import BACKBONES, NAME
 
 from tlauto.builtin.tasks import task
 from tlauto.config import SearchConfig
-from tlauto.contracts import BackboneInfo, TrialDone, TrialSpec
+from tlauto.contracts import BackboneInfo, EpochResult, TrialDone, TrialSpec
 from tlauto.coordinator import run
 from tlauto.data import Dataset, Item
 from tlauto.devices import device_of
@@ -21,8 +21,10 @@ from tlauto.pool.protocol import (
     BundleDone,
     JobFailed,
     Message,
+    RunTogether,
     RunTrial,
     StepTried,
+    TogetherDone,
     TryStep,
     Used,
     WriteBundle,
@@ -30,6 +32,7 @@ from tlauto.pool.protocol import (
 from tlauto.prepare import Session, propose_first
 from tlauto.schedule import Plan
 from tlauto.searchspace import SearchSpace
+from tlauto.space import Scalar
 from tlauto.store import Store
 from tlauto.study import Study
 from tlauto.tables import MEMORY
@@ -52,6 +55,7 @@ class Sent:
     is_step: bool
     ends: float
     beside: tuple[int, ...]
+    together: tuple[TrialSpec, ...] = ()
 
 
 @dataclass
@@ -59,7 +63,8 @@ class ScriptedPool:
     """Slots whose trials end in the order of their seconds, however long the test itself takes.
 
     Attributes:
-        seconds: that a trial takes.
+        seconds: that a trial takes, and those that are solved together with it.
+        fails: what is said instead of the end of trials that are solved together.
         takes: what a step takes, with at most so many images at once; None when it cannot be tried.
         used: what a trial took.
         sent: all jobs but bundles, in order.
@@ -70,6 +75,7 @@ class ScriptedPool:
     seconds: Callable[[TrialSpec], float] = lambda spec: 1.0
     takes: Callable[[TrialSpec, int], StepTried | None] = lambda spec, at_once: None
     used: Callable[[TrialSpec], Used] = lambda spec: Used(None, None)
+    fails: Callable[[tuple[TrialSpec, ...]], Message | None] = lambda specs: None
     sent: list[Sent] = field(default_factory=list)
     idle: list[tuple[int, int]] = field(default_factory=list)
     now: float = 0.0
@@ -89,6 +95,8 @@ class ScriptedPool:
                 if spec.purpose == "refit":
                     raise Over
                 self._begin(slot, spec, self.seconds(spec), is_step=False)
+            case RunTogether(specs):
+                self._begin(slot, specs[0], self.seconds(specs[0]), is_step=False, together=specs)
             case TryStep(spec, at_once, most):
                 self._most[slot] = most
                 self._begin(slot, replace(spec, micro_batch=at_once), 0.1, is_step=True)
@@ -115,7 +123,10 @@ class ScriptedPool:
             if tried and most is not None and (tried.bytes or 0) > most:
                 tried = replace(tried, at_once=None)
             return [Event(slot, tried or JobFailed("it cannot be tried"))]
-        return [Event(slot, self.used(job.spec)), Event(slot, done(job.spec))]
+        if job.together and (message := self.fails(job.together)):
+            return [Event(slot, message)]
+        end = together_done(job.together) if job.together else done(job.spec)
+        return [Event(slot, self.used(job.spec)), Event(slot, end)]
 
     def kill(self, slot: str) -> str:
         """Forget what a slot does."""
@@ -125,12 +136,21 @@ class ScriptedPool:
     def close(self, *, grace_s: float = 1.0) -> None:
         """Nothing to end."""
 
-    def _begin(self, slot: str, spec: TrialSpec, seconds: float, *, is_step: bool) -> None:
+    def _begin(
+        self, slot: str, spec: TrialSpec, seconds: float, *, is_step: bool,
+        together: tuple[TrialSpec, ...] = (),
+    ) -> None:  # fmt: skip
         assert slot not in self._running
         others = [s for s in self._running.values() if device_of(s.slot) == device_of(slot)]
         beside = tuple(other.spec.number for other in others)
-        self._running[slot] = Sent(slot, spec, is_step, self.now + seconds, beside)
+        self._running[slot] = Sent(slot, spec, is_step, self.now + seconds, beside, together)
         self.sent.append(self._running[slot])
+
+
+def together_done(specs: tuple[TrialSpec, ...]) -> TogetherDone:
+    """The ends of trials that were solved together."""
+    epochs = tuple(EpochResult(spec.number, 1, 0.8, 0.1, 0.2, 1.0) for spec in specs)
+    return TogetherDone(tuple(map(done, specs)), epochs)
 
 
 def done(spec: TrialSpec) -> TrialDone:
@@ -145,6 +165,7 @@ def done(spec: TrialSpec) -> TrialDone:
 def open_scripted(
     folder: Path, pool: ScriptedPool, *, strategies: Sequence[str], trials: int, device: str,
     per_device: str | None = None, backbones: int = 2, propose: bool = True, in_file: bool = False,
+    fixed: Mapping[str, Scalar] | None = None,
 ) -> Session:  # fmt: skip
     """A session without images; tlauto's tables in an SQLite file, Optuna's too or, which is faster, not."""
     config = SearchConfig(
@@ -160,7 +181,7 @@ def open_scripted(
     chosen = BACKBONES[:backbones]
     offers = tuple(plugins.strategy(name) for name in strategies)
     parts = chosen, offers, (plugins.head("linear"),), task("multiclass").space
-    space = SearchSpace(*parts, fixed={})
+    space = SearchSpace(*parts, fixed=fixed or {})
     plan = Plan(
         config=config, space=space, task="multiclass", metric="accuracy", dataset_file="", folder=folder,
         cache=folder, device=device, sizes=Sizes(800, 200, 200),

@@ -5,30 +5,28 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 from tlauto.config import SearchConfig
-from tlauto.continuing import earlier_reports, next_spec, promotion
 from tlauto.contracts import (
     TrialDone,
     spec_from_json,
 )
 from tlauto.errors import TrialError
-from tlauto.events import Emit, Said, TrialEnded, ignore
-from tlauto.joined import beside_of
+from tlauto.events import Emit, TrialEnded, ignore
 from tlauto.loop import Job, Loop
 from tlauto.memory import require_room
 from tlauto.outcomes import handle, stop_slow
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import BundleDone, JobFailed
-from tlauto.prepare import Session, open_session, without_fixed
+from tlauto.prepare import Session, open_session
+from tlauto.proposing import has_next, look_ahead, next_job
 from tlauto.ranking import best_trial
 from tlauto.results.finish import bundle_job, finish
-from tlauto.schedule import counts
 from tlauto.starting import begin, go_on, must_wait
-from tlauto.study import INTERRUPTED, OUT_OF_TIME, TrialRecord
+from tlauto.study import INTERRUPTED, OUT_OF_TIME
 from tlauto.tracking import Tracking
 
 GRACE_S = 1.5
@@ -113,49 +111,17 @@ def _fill(loop: Loop) -> None:
         if slot in loop.busy or _keep_best(loop, slot):
             continue
         # A trial that is refused leaves its slot idle.
-        while slot not in loop.busy and _may_start(loop) and not must_wait(loop, slot):
-            _propose(loop, slot)
-
-
-def _propose(loop: Loop, slot: str) -> None:
-    require_room()
-    session = loop.session
-    trials, left = session.study.trials(), loop.seconds_left()
-    kept = session.plan.proposable(trials, left)
-    _enqueue(loop, trials, [str(name) for name in kept["strategy"]], left)
-    with session.study.together():
-        record = session.study.ask(session.plan.space, kept=kept)
-        spec = next_spec(session, record, trials, left=left)
-        for epoch, score in earlier_reports(spec, record, trials).items():
-            session.study.report(record.number, epoch, score)
-        session.study.note(record.number, slot=slot, seed=spec.seed, **beside_of(record, spec))
-    begin(loop, slot, spec, trials)
-
-
-def _enqueue(
-    loop: Loop, trials: Sequence[TrialRecord], strategies: Sequence[str], left: float | None
-) -> None:
-    """Propose what comes before the sampler: probes, what won on similar datasets, a paused trial."""
-    study, plan = loop.session.study, loop.session.plan
-    probe = plan.next_probe(trials, spent=loop.spent())
-    warm = [] if probe else plan.next_warm(trials, left)
-    if probe is not None:
-        study.enqueue(without_fixed(probe, plan.space), purpose="probe")
-    for point, earlier in warm:
-        study.enqueue(without_fixed(point, plan.space), purpose="warm", from_study=earlier)
-        loop.emit(Said(f"tries next what was best in study '{earlier}'"))
-    again, purpose = ([], "") if probe or warm else plan.next_again(trials, left)
-    for point in again:
-        study.enqueue(without_fixed(point, plan.space), purpose=purpose)
-    if not (probe or warm or again) and (paused := promotion(plan, trials, strategies, left=left)):
-        study.enqueue(paused.params, purpose="promoted", continues=paused.number)
+        while slot not in loop.busy and has_next(loop) and not must_wait(loop, slot):
+            trials = loop.session.study.trials()
+            begin(loop, slot, next_job(loop), trials)
+    look_ahead(loop)
 
 
 def _keep_best(loop: Loop, slot: str) -> bool:
     """Have an idle slot write the best model so far, when there is a new one and it is time again."""
     session, best = loop.session, best_trial(loop.session.study.trials())
     is_written = best is None or best.number in (loop.bundled, loop.bundling)
-    if best is None or is_written or (time.monotonic() < loop.may_bundle_at and _may_start(loop)):
+    if best is None or is_written or (time.monotonic() < loop.may_bundle_at and has_next(loop)):
         return False
     row = session.store.trials(session.name).get(best.number)
     model = session.store.model(session.name)
@@ -168,17 +134,6 @@ def _keep_best(loop: Loop, slot: str) -> bool:
     loop.busy[slot] = Job(spec, time.monotonic(), is_bundle=True)
     session.pool.send(slot, bundle_job(session, spec, TrialDone(**row["result"])))
     return True
-
-
-def _may_start(loop: Loop) -> bool:
-    limit = loop.session.config.max_trials
-    running = sum(not job.is_bundle for job in loop.busy.values())
-    done = counts(loop.session.study.trials())["total"]
-    left = loop.seconds_left()
-    # However short the time: without a first score there is nothing to finish with.
-    is_first = not running and best_trial(loop.session.study.trials()) is None
-    has_time = left is None or left > 0 or is_first
-    return (limit is None or done + running < limit) and has_time and not loop.hopeless
 
 
 # --- stopping and tidying ---------------------------------------------------------------------------
@@ -195,8 +150,9 @@ def _cut_off(loop: Loop) -> None:
     for slot, job in list(loop.busy.items()):
         session.pool.kill(slot)
         if not job.is_bundle:
-            _cut(loop, slot, INTERRUPTED, "the search was stopped during it")
+            _cut(loop, slot, job, INTERRUPTED, "the search was stopped during it")
     loop.busy.clear()
+    _drop_waiting(loop, INTERRUPTED, "the search was stopped before it")
 
 
 def _leave_best(loop: Loop) -> None:
@@ -220,16 +176,28 @@ def _stop_late(loop: Loop) -> None:
     for slot, job in list(loop.busy.items()):
         if not job.is_bundle:
             loop.session.pool.kill(slot)
-            _cut(loop, slot, OUT_OF_TIME, "the time was up during it")
+            _cut(loop, slot, job, OUT_OF_TIME, "the time was up during it")
             del loop.busy[slot]
+    _drop_waiting(loop, OUT_OF_TIME, "the time was up before it")
 
 
-def _cut(loop: Loop, slot: str, kind: str, message: str) -> None:
-    spec, seconds = loop.busy[slot].spec, time.monotonic() - loop.busy[slot].started
-    loop.session.store.fail_trial(loop.session.name, spec.number, kind=kind, message=message)
-    loop.session.study.fail(spec.number, kind=kind, message=message)
-    facts = {"note": f"{kind}: {message}", "kind": kind, "counts": False}
-    loop.emit(TrialEnded.of(spec, slot, "failed", None, seconds, **facts))
+def _cut(loop: Loop, slot: str, job: Job, kind: str, message: str) -> None:
+    seconds = time.monotonic() - job.started
+    for one in job.every:
+        loop.session.store.fail_trial(loop.session.name, one.spec.number, kind=kind, message=message)
+        loop.session.study.fail(one.spec.number, kind=kind, message=message)
+        facts = {"note": f"{kind}: {message}", "kind": kind, "counts": False}
+        loop.emit(TrialEnded.of(one.spec, slot, "failed", None, seconds, **facts))
+
+
+def _drop_waiting(loop: Loop, kind: str, message: str) -> None:
+    """End the proposals that no slot has taken; of those that had begun somewhere, that is shown."""
+    while loop.waiting:
+        job = loop.waiting.popleft()
+        if job.is_apart:
+            _cut(loop, "", job, kind, message)
+        else:
+            loop.session.study.fail(job.spec.number, kind=kind, message=message)
 
 
 def _save_time(loop: Loop, *, every_s: float = 0.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,8 @@ class Job:
         waits_alone: whether that did not fit beside others.
         used: what it took in the end.
         is_alone: whether nothing else has run on its device since it began.
+        beside: further trials that the slot's worker solves together with it (`together`).
+        is_apart: whether it was begun with others, which failed, and is to run by itself.
     """
 
     spec: TrialSpec
@@ -44,6 +47,13 @@ class Job:
     waits_alone: bool = False
     used: Used | None = None
     is_alone: bool = True
+    beside: tuple[Job, ...] = ()
+    is_apart: bool = False
+
+    @property
+    def every(self) -> tuple[Job, ...]:
+        """This and those beside it."""
+        return (self, *self.beside)
 
 
 @dataclass
@@ -52,6 +62,7 @@ class Loop:
 
     Attributes:
         busy: jobs by slot.
+        waiting: proposed trials that no slot has taken yet.
         started: when this run began, by the monotonic clock.
         spent_before, saved_at: active seconds of earlier runs, and those that the database knows of.
         bundled, bundling: numbers of the trials whose bundle was written last, and is being written.
@@ -66,6 +77,7 @@ class Loop:
     emit: Emit
     interrupted: threading.Event
     busy: dict[str, Job] = field(default_factory=dict)
+    waiting: deque[Job] = field(default_factory=deque)
     started: float = field(default_factory=time.monotonic)
     spent_before: float = 0.0
     saved_at: float = 0.0
@@ -78,7 +90,7 @@ class Loop:
     has_said_short: bool = False
 
     def beside(self, slot: str) -> list[Job]:
-        """Trials on the other slots of a slot's device."""
+        """Trials on the other slots of a slot's device, of those that run together the first."""
         device = device_of(slot)
         others = (job for name, job in self.busy.items() if name != slot and device_of(name) == device)
         return [job for job in others if not job.is_bundle]

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
 
-ByImage = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]
-"""From logits (B, K, N) to losses (B, N) and their slopes (B, K, N)."""
+
+@dataclass(frozen=True)
+class ByImage:
+    """A loss on given targets: from logits (B, K, N) to losses (B, N) and their slopes (B, K, N).
+
+    Attributes:
+        function: of the logits and `tensors`; what it returns is the caller's to change.
+        tensors: what it has to know of the targets, one for all B heads, (1, …), or one for each, (B, …).
+    """
+
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    tensors: tuple[torch.Tensor, ...]
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and slopes of B heads."""
+        return self.function(logits, *self.tensors)
+
+    def of(self, which: torch.Tensor) -> ByImage:
+        """That of some of the heads (b,), where each has its own."""
+        return ByImage(self.function, tuple(tensor[which] for tensor in self.tensors))
 
 
 @runtime_checkable
@@ -23,7 +42,6 @@ class Loss(Protocol):
     def by_image(self, targets: torch.Tensor) -> ByImage:
         """The same for many steps on the same targets, without autograd, which takes ten times as long.
 
-        Returns: a function of the logits (B, K, N) of B heads, to the losses (B, N) and their slopes
-        (B, K, N) by the logits, which are the caller's to change.
+        Losses with the same `function` are solved side by side, whatever their tensors are.
         """
         ...

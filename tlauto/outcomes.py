@@ -20,7 +20,7 @@ from tlauto.failures import Retry, retry, why_to_end
 from tlauto.loop import Job, Loop
 from tlauto.pace import seconds_a_trial
 from tlauto.pool.base import Event
-from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, StepTried, Used
+from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Note, StepTried, TogetherDone, Used
 from tlauto.prepare import Session
 from tlauto.ranking import best_trial, is_hopeless
 from tlauto.room import ATTRIBUTE, Took, images_at_once, kind_of
@@ -39,7 +39,14 @@ def handle(loop: Loop, event: Event) -> None:
         case EpochResult() as result if job:
             _epoch(loop, event.slot, job, result)
         case TrialDone() as done if job:
+            del loop.busy[event.slot]
             _done(loop, event.slot, job, done)
+        case TogetherDone(ends, epochs) if job:
+            del loop.busy[event.slot]
+            for one, epoch, done in zip(job.every, epochs, ends, strict=True):
+                one.epoch = epoch
+                loop.emit(EpochEnded.of(epoch, event.slot))
+                _done(loop, event.slot, one, done)
         case TrialFailed() as failed if job:
             del loop.busy[event.slot]
             fail(loop, event.slot, job, failed, event.log_tail)
@@ -56,6 +63,9 @@ def handle(loop: Loop, event: Event) -> None:
             now = time.monotonic()
             loop.may_bundle_at = now + BUNDLE_PAUSE * (now - job.started)
             del loop.busy[event.slot]
+        case JobFailed() if job and job.beside:
+            del loop.busy[event.slot]
+            loop.waiting.extend(Job(one.spec, one.started, is_apart=True) for one in job.every)
         case JobFailed(message, detail) if job:
             del loop.busy[event.slot]
             if job.is_bundle:
@@ -108,7 +118,6 @@ def _why_to_stop(loop: Loop, spec: TrialSpec, result: EpochResult) -> str:
 
 def _done(loop: Loop, slot: str, job: Job, done: TrialDone) -> None:
     session, spec = loop.session, job.spec
-    del loop.busy[slot]
     session.store.finish_trial(session.name, done, epoch=job.epoch)
     took = {ATTRIBUTE: _took(loop, slot, job, job.used.bytes, fits=True)} if job.used else {}
     # A search that is killed from here on to the end does this when it is resumed.
@@ -189,7 +198,8 @@ def _died(loop: Loop, job: Job, event: Event) -> None:
         loop.emit(Said(f"the best model so far could not be written: {event.ending}"))
         return
     kind = Hung.kind if event.hung else WorkerDied.kind
-    fail(loop, event.slot, job, TrialFailed(job.spec.number, kind, event.ending), event.log_tail)
+    for one in job.every:
+        fail(loop, event.slot, one, TrialFailed(one.spec.number, kind, event.ending), event.log_tail)
 
 
 def stop_slow(loop: Loop) -> None:
@@ -197,12 +207,13 @@ def stop_slow(loop: Loop) -> None:
     limit = loop.session.config.trial_timeout_s
     for slot, job in list(loop.busy.items()):
         is_timed = not job.is_bundle and job.stage != "held"
-        if limit is None or not is_timed or time.monotonic() - job.started <= limit:
+        if limit is None or not is_timed or time.monotonic() - job.started <= limit * len(job.every):
             continue
         log_tail = loop.session.pool.kill(slot)
         del loop.busy[slot]
         message = f"it took longer than the {limit:g} s that --trial-timeout allows"
-        fail(loop, slot, job, TrialFailed(job.spec.number, TrialTimeout.kind, message), log_tail)
+        for one in job.every:
+            fail(loop, slot, one, TrialFailed(one.spec.number, TrialTimeout.kind, message), log_tail)
 
 
 def _progress(loop: Loop) -> Progress:

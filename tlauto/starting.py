@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tlauto.caches import format_size
-from tlauto.contracts import TrialFailed, TrialSpec
+from tlauto.contracts import TrialFailed
 from tlauto.devices import AUTO, device_of, is_gpu, is_here
 from tlauto.errors import OutOfMemory
 from tlauto.events import Said, TrialStarted
 from tlauto.loop import Job, Loop
 from tlauto.memory import FLOOR, available_bytes, memory_floor
 from tlauto.outcomes import fail, trains
-from tlauto.pool.protocol import RunTrial, StepTried, TryStep
+from tlauto.pool.protocol import RunTogether, RunTrial, StepTried, TryStep
 from tlauto.room import Verdict, frozen_bytes, images_at_once, judge, kind_of, refusal, room_beside, taken
 from tlauto.study import TrialRecord
 
@@ -29,16 +29,19 @@ def must_wait(loop: Loop, slot: str) -> bool:
     return is_here(slot) and any(not job.is_bundle for job in loop.busy.values()) and _is_short(loop)
 
 
-def begin(loop: Loop, slot: str, spec: TrialSpec, trials: Sequence[TrialRecord]) -> None:
+def begin(loop: Loop, slot: str, job: Job, trials: Sequence[TrialRecord]) -> None:
     """Start a proposed trial on an idle slot, have it wait there for room, or refuse it.
 
     Args:
         trials: those before it.
     """
-    session, capacity, learns = loop.session, loop.capacity_of(slot), trains(loop.session, spec)
-    session.store.start_trial(session.name, spec, slot)
-    job = loop.busy[slot] = Job(spec, time.monotonic(), stage="held")
-    loop.emit(TrialStarted.of(spec, slot))
+    session, spec, capacity = loop.session, job.spec, loop.capacity_of(slot)
+    learns = trains(session, spec)
+    loop.busy[slot], job.stage, job.started = job, "held", time.monotonic()
+    for one in job.every if not job.is_apart else ():
+        session.study.note(one.spec.number, slot=slot)
+        session.store.start_trial(session.name, one.spec, slot)
+        loop.emit(TrialStarted.of(one.spec, slot))
     took, wanted = taken(trials, kind_of(spec)), images_at_once(spec, trains=learns)
     verdict = judge(took, wanted, capacity)
     if verdict.at_once is None:
@@ -71,7 +74,8 @@ def go_on(loop: Loop, slot: str) -> None:
         loop.session.pool.send(slot, TryStep(job.spec, images_at_once(job.spec, trains=True), most))
     else:
         job.stage = "runs"
-        loop.session.pool.send(slot, RunTrial(job.spec))
+        specs = tuple(one.spec for one in job.every)
+        loop.session.pool.send(slot, RunTogether(specs) if job.beside else RunTrial(job.spec))
 
 
 def _fits(loop: Loop, slot: str, tried: StepTried) -> bool:
@@ -129,9 +133,9 @@ def _place(slot: str) -> str:
 
 
 def _refuse(loop: Loop, slot: str, message: str, asked: int | None = None) -> None:
-    job = loop.busy.pop(slot)
-    failed = TrialFailed(job.spec.number, OutOfMemory.kind, message, bytes=asked)
-    fail(loop, slot, job, failed, may_retry=False)
+    for job in loop.busy.pop(slot).every:
+        failed = TrialFailed(job.spec.number, OutOfMemory.kind, message, bytes=asked)
+        fail(loop, slot, job, failed, may_retry=False)
 
 
 def _is_short(loop: Loop) -> bool:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tlauto import pulse
@@ -37,9 +37,11 @@ from tlauto.pool.protocol import (
     Note,
     Preflight,
     Ready,
+    RunTogether,
     RunTrial,
     StepTried,
     Stop,
+    TogetherDone,
     TryStep,
     Used,
     WriteBundle,
@@ -77,6 +79,8 @@ def serve(receive: Receive, send: Send, device: str, *, rest: Callable[[], None]
 def _do(job: Message, receive: Receive, send: Send, device: str) -> Message:
     if isinstance(job, RunTrial):
         return _run_trial(job.spec, receive, send, device)
+    if isinstance(job, RunTogether):
+        return _run_together(job.specs, send, device)
     if isinstance(job, WriteBundle):
         return _write_bundle(job, device)
     if isinstance(job, TryStep):
@@ -114,6 +118,18 @@ def _run_trial(spec: TrialSpec, receive: Receive, send: Send, device: str) -> Tr
         return TrialFailed(spec.number, kind, _sentence(error), traceback.format_exc())
 
 
+def _run_together(specs: Sequence[TrialSpec], send: Send, device: str) -> TogetherDone:
+    from tlauto.training import footprint
+    from tlauto.training.fit import run_together
+
+    for spec in specs:
+        Path(spec.folder).mkdir(parents=True, exist_ok=True)
+    footprint.begin(device)
+    ends = run_together(specs, registry(), _dataset(specs[0].dataset), device=device)
+    send(Used(footprint.peak_bytes(device), footprint.total_bytes(device)))
+    return TogetherDone(tuple(done for _, done in ends), tuple(epoch for epoch, _ in ends))
+
+
 def _try_step(job: TryStep, device: str) -> StepTried:
     from tlauto.training.footprint import total_bytes, try_step
 
@@ -126,7 +142,7 @@ def _settle_memory(job: Message, growth: Growth, send: Send) -> None:
     """Give memory back where it pays, and say when trials leave more and more of it behind."""
     gives_back = _used_much_memory(job) or growth.is_early
     _give_back_memory(collects=gives_back)
-    held = held_bytes() if isinstance(job, RunTrial) else None
+    held = held_bytes() if isinstance(job, (RunTrial, RunTogether)) else None
     if held is None:
         return
     if growth.is_too_much(held) and not gives_back:
@@ -139,6 +155,8 @@ def _settle_memory(job: Message, growth: Growth, send: Send) -> None:
 
 def _used_much_memory(job: Message) -> bool:
     """Not a trial on cached features, which takes less time than collecting garbage after it would."""
+    if isinstance(job, RunTogether):
+        return False
     if not isinstance(job, RunTrial):
         return True
     is_known = job.spec.strategy in registry().names("freeze_strategies")

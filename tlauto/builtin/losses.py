@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from tlauto.losses import ByImage
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-    from tlauto.losses import ByImage
 
     Array = np.ndarray[Any, Any]
 
@@ -36,18 +36,10 @@ class CrossEntropy:
 
     def by_image(self, targets: torch.Tensor) -> ByImage:
         """See `Loss`."""
-        from torch.nn import functional
-
         soft = self._soft(targets)
         weights = soft @ self._weights.on(targets.device)  # (N,)
         wanted = (self._smoothed(soft) * weights[:, None]).T.contiguous()  # (K, N)
-
-        def found(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            chances = functional.log_softmax(logits, 1)
-            losses = -(chances * wanted).sum(1)
-            return losses, chances.exp_().mul_(weights).sub_(wanted)
-
-        return found
+        return ByImage(_of_classes, (weights[None, None], wanted[None]))
 
     def _soft(self, targets: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
@@ -79,18 +71,9 @@ class BinaryCrossEntropy:
 
     def by_image(self, targets: torch.Tensor) -> ByImage:
         """See `Loss`."""
-        from torch.nn import functional
-
         hot = targets.float().T  # (K, N)
         positive = hot * self._weights.on(targets.device)[:, None]
-        both = positive + 1 - hot
-        labels = len(hot)
-
-        def found(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            losses = (functional.softplus(logits) * both - positive * logits).mean(1)
-            return losses, logits.sigmoid().mul_(both).sub_(positive).div_(labels)
-
-        return found
+        return ByImage(_of_labels, (positive[None], (positive + 1 - hot)[None]))
 
 
 class Residual:
@@ -116,16 +99,43 @@ class Residual:
 
     def by_image(self, targets: torch.Tensor) -> ByImage:
         """See `Loss`."""
-        values = targets.float().reshape(-1)
+        values = targets.float().reshape(1, 1, -1)
+        deviation = values.new_full((1, 1, 1), self._deviation)
+        return ByImage(_of_large_errors if self._is_huber else _of_errors, (values, deviation))
 
-        def found(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            residuals = (logits - values) / self._deviation  # (B, 1, N)
-            if not self._is_huber:
-                return residuals.square()[:, 0], residuals * (2 / self._deviation)
-            near = residuals.clamp(-1, 1)
-            return (near * (residuals - near / 2))[:, 0], near / self._deviation
 
-        return found
+def _of_classes(
+    logits: torch.Tensor, weights: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from torch.nn import functional
+
+    chances = functional.log_softmax(logits, 1)
+    losses = -(chances * wanted).sum(1)
+    return losses, chances.exp_().mul_(weights).sub_(wanted)
+
+
+def _of_labels(
+    logits: torch.Tensor, positive: torch.Tensor, both: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from torch.nn import functional
+
+    losses = (functional.softplus(logits) * both - positive * logits).mean(1)
+    return losses, logits.sigmoid().mul_(both).sub_(positive).div_(logits.shape[1])
+
+
+def _of_errors(
+    logits: torch.Tensor, values: torch.Tensor, deviation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residuals = (logits - values) / deviation
+    return residuals.square()[:, 0], residuals * (2 / deviation)
+
+
+def _of_large_errors(
+    logits: torch.Tensor, values: torch.Tensor, deviation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residuals = (logits - values) / deviation
+    near = residuals.clamp(-1, 1)
+    return (near * (residuals - near / 2))[:, 0], near / deviation
 
 
 class _Constant:

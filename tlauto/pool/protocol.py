@@ -46,6 +46,16 @@ class RunTrial:
 
 
 @dataclass(frozen=True)
+class RunTogether:
+    """Run trials on cached features whose heads are solved side by side; the worker says `TogetherDone`.
+
+    When one of them fails, it says `JobFailed`: who fails is seen when each runs by itself.
+    """
+
+    specs: tuple[TrialSpec, ...]
+
+
+@dataclass(frozen=True)
 class TryStep:
     """Try one step of a trial that trains the backbone, with so many images at once.
 
@@ -175,6 +185,14 @@ class BundleDone:
 
 
 @dataclass(frozen=True)
+class TogetherDone:
+    """The trials of a `RunTogether` ended, in its order; each had one epoch."""
+
+    ends: tuple[TrialDone, ...]
+    epochs: tuple[EpochResult, ...]
+
+
+@dataclass(frozen=True)
 class JobFailed:
     """A job other than a trial failed; `message` is one sentence."""
 
@@ -182,14 +200,15 @@ class JobFailed:
     detail: str = field(default="")
 
 
-JOBS = (Preflight, RunTrial, TryStep, WriteBundle)
+JOBS = (Preflight, RunTrial, RunTogether, TryStep, WriteBundle)
 """What keeps a worker busy until it says one of `ENDS`."""
 
-ENDS = (PreflightDone, StepTried, BundleDone, JobFailed, TrialDone, TrialFailed)
+ENDS = (PreflightDone, StepTried, BundleDone, JobFailed, TrialDone, TrialFailed, TogetherDone)
 
 Message = (
-    Preflight | RunTrial | TryStep | WriteBundle | Answer | Stop | Ready | Beat | Note | Used | Grown
-    | StepTried | PreflightDone | BundleDone | JobFailed | EpochResult | TrialDone | TrialFailed
+    Preflight | RunTrial | RunTogether | TryStep | WriteBundle | Answer | Stop | Ready | Beat | Note | Used
+    | Grown | StepTried | PreflightDone | BundleDone | TogetherDone | JobFailed | EpochResult | TrialDone
+    | TrialFailed
 )  # fmt: skip
 _TYPES: dict[str, Any] = {t.__name__: t for t in Message.__args__}
 
@@ -211,6 +230,11 @@ def decode(line: str) -> Message:
 def _restore(kind: Any, data: dict[str, Any]) -> Message:
     if "spec" in data:
         data["spec"] = spec_from_json(json.dumps(data["spec"]))
+    if kind is RunTogether:
+        data["specs"] = tuple(spec_from_json(json.dumps(spec)) for spec in data["specs"])
+    if kind is TogetherDone:
+        data["ends"] = tuple(TrialDone(**end) for end in data["ends"])
+        data["epochs"] = tuple(EpochResult(**epoch) for epoch in data["epochs"])
     if "done" in data:
         data["done"] = TrialDone(**data["done"])
     if "info" in data:

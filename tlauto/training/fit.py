@@ -7,7 +7,8 @@ backbone or `finetune.fine_tune` for one that learns.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tlauto.recipe import EVAL_BATCH
 from tlauto.training.breakdowns import breakdowns
 from tlauto.training.checkpoint import START, save_checkpoint
 from tlauto.training.finetune import fine_tune
-from tlauto.training.frozen import fit_head
+from tlauto.training.frozen import fit_head, fit_heads
 from tlauto.training.seeding import seed_everything
 from tlauto.training.trial import Fitted, Trial, prepare
 
@@ -53,6 +54,28 @@ def run_trial(
         train = fine_tune if trains_backbone(trial.strategy) else fit_head
         fitted = train(trial, on_epoch)
     return _keep(trial, fitted, registry, dataset, started)
+
+
+def run_together(
+    specs: Sequence[TrialSpec], registry: Registry, dataset: Dataset, *, device: str
+) -> list[tuple[EpochResult, TrialDone]]:
+    """What `run_trial` gives for trials of the solver `lbfgs`, up to rounding: heads on the same features are
+    solved side by side. Each one's seconds are its share.
+
+    Returns: what is to be known of each, and its only epoch, in order. Raises: as `run_trial`, of all.
+    """
+    started, trials = time.perf_counter(), []
+    for spec in specs:
+        seed_everything(spec.seed)
+        trials.append(prepare(spec, registry, dataset, torch.device(device)))
+    ends = []
+    with breakdowns(f"on {device} {_at_once(trials[0])}"):
+        fitted = fit_heads(trials)
+    share = (time.perf_counter() - started) / len(specs)
+    for trial, (found, epoch) in zip(trials, fitted, strict=True):
+        kept = _keep(trial, found, registry, dataset, time.perf_counter() - share)
+        ends.append((replace(epoch, seconds=share), kept))
+    return ends
 
 
 def _at_once(trial: Trial) -> str:

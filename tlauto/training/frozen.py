@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tlauto.training.model import Readout
 from tlauto.training.optim import MAX_GRADIENT, head_groups, make_optimizer, set_rates
 from tlauto.training.rows import Rows
 from tlauto.training.seeding import seed_everything
-from tlauto.training.solved import solve_head
+from tlauto.training.solved import solve_head, solve_together
 from tlauto.training.trial import Best, Fitted, Trial
 
 HIDDEN = 2048  # numbers of a row that a head is taken to hold inside
@@ -35,13 +35,33 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     that looks best on a small part is mostly the luckiest.
     """
     started = time.perf_counter()
-    for source in (trial.source, *trial.beside):
-        source.compute([*trial.spec.fit_on, trial.spec.evaluate_on], trial.kind)
+    _compute(trial)
     solves = trial.settings.solver != "minibatch"
     fitted, train_loss = solve_head(trial) if solves else _train_head(trial)
-    seconds, found = time.perf_counter() - started, fitted.evaluation
-    on_epoch(EpochResult(trial.spec.number, fitted.epochs, found.score, train_loss, found.loss, seconds))
+    on_epoch(_epoch(trial, fitted, train_loss, time.perf_counter() - started))
     return fitted
+
+
+def fit_heads(trials: Sequence[Trial]) -> list[tuple[Fitted, EpochResult]]:
+    """The same for trials whose heads are solved at one penalty, side by side where that can be."""
+    for trial in trials:
+        _compute(trial)
+    solved = solve_together(trials)
+    return [
+        (fitted, _epoch(trial, fitted, loss, 0.0))
+        for trial, (fitted, loss) in zip(trials, solved, strict=True)
+    ]
+
+
+def _compute(trial: Trial) -> None:
+    """See that the features are there."""
+    for source in (trial.source, *trial.beside):
+        source.compute([*trial.spec.fit_on, trial.spec.evaluate_on], trial.kind)
+
+
+def _epoch(trial: Trial, fitted: Fitted, train_loss: float, seconds: float) -> EpochResult:
+    found = fitted.evaluation
+    return EpochResult(trial.spec.number, fitted.epochs, found.score, train_loss, found.loss, seconds)
 
 
 def _train_head(trial: Trial) -> tuple[Fitted, float]:

@@ -66,7 +66,8 @@ def _largest(gradient: torch.Tensor) -> torch.Tensor:
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner products (A,) of the rows of two (A, P); a `bmm` takes ten times as long."""
-    return torch.linalg.vecdot(a, b)
+    found: torch.Tensor = torch.linalg.vecdot(a, b)
+    return found
 
 
 def _pair(step: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

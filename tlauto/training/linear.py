@@ -56,6 +56,8 @@ class Problem:
         num_outputs: K.
         output: from raw logits to what `loss` reads; None where that is the same.
         axes: `principal_axes(features)`, found when they are needed unless they are given.
+        others: losses of further heads, one each, which are solved beside that of `loss`; they share its
+            function (`ByImage`). Without any, all heads have `loss`.
     """
 
     features: Rows
@@ -64,6 +66,7 @@ class Problem:
     num_outputs: int
     output: Rescale | None = None
     axes: Axes | None = None
+    others: tuple[Loss, ...] = ()
 
     def solve(
         self,
@@ -90,7 +93,8 @@ class Problem:
             for first in range(0, len(penalties), together):
                 some = slice(first, first + together)
                 begin = None if start is None else start[some]
-                found.append(self._solve(list(penalties[some]), rows[some], tolerance, begin))
+                whose = torch.arange(len(penalties), device=self.targets.device)[some]
+                found.append(self._solve(list(penalties[some]), rows[some], whose, tolerance, begin))
             return Optimum(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def inwards(self, heads: torch.Tensor) -> torch.Tensor:
@@ -130,20 +134,21 @@ class Problem:
         self,
         penalties: list[float],
         rows: Sequence[torch.Tensor],
+        whose: torch.Tensor,
         tolerance: float,
         start: torch.Tensor | None,
     ) -> Optimum:
         axes, outputs = self._axes, self.num_outputs
         width, place = axes.rows.shape[1], self.targets.device
         penalty = torch.tensor(penalties, device=place)[:, None, None]
-        at_zero, curvature = self._at_zero
-        shares = torch.zeros(len(rows), len(at_zero), device=place)
+        at_zero, curvature = (found[whose] if self.others else found for found in self._at_zero)
+        shares = torch.zeros(len(rows), at_zero.shape[1], device=place)
         for own, share in zip(rows, shares, strict=True):
             share[own] = 1 / len(own)
-        unit = (shares @ at_zero).clamp_min(1e-12)
+        unit = (shares * at_zero).sum(dim=1).clamp_min(1e-12)
         shares /= unit[:, None]
         # Steps in units of the curvature, (B, 1, …): the bias sees the mean of ones.
-        bends = curvature / unit[:, None, None]
+        bends = (curvature / unit)[:, None, None]
         along, beside = (bends * part + penalty for part in (axes.squares, axes.rest))
         inwards = Stretch(axes, along**-0.5, beside**-0.5, bends**-0.5)
         pull = penalty.expand(-1, 1, width + 1).clone()
@@ -153,7 +158,7 @@ class Problem:
             everyone = len(which) == len(rows)
             stretch = inwards if everyone else inwards.of(which)
             heads = stretch(points.view(len(points), outputs, width + 1))
-            losses, slopes = self._losses(heads, shares if everyone else shares[which])
+            losses, slopes = self._losses(heads, shares if everyone else shares[which], whose[which])
             pulled = heads * (pull if everyone else pull[which])
             values = losses + (heads * pulled).sum(dim=(1, 2)) / 2
             return values, stretch(slopes.add_(pulled)).flatten(1)
@@ -165,12 +170,18 @@ class Problem:
         heads = inwards(points.view_as(start))
         return Optimum(heads, (values - (heads.square() * pull).sum(dim=(1, 2)) / 2) * unit)
 
-    def _losses(self, heads: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses (B,) of heads (B, K, W + 1), each row counted by its share (B, N), and their slopes."""
+    def _losses(
+        self, heads: torch.Tensor, shares: torch.Tensor, whose: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (B,) of heads (B, K, W + 1), each row counted by its share (B, N), and their slopes.
+
+        Args:
+            whose: numbers (B,) of the heads.
+        """
         count, outputs, _ = heads.shape
         totals: list[torch.Tensor] = []
         for part, block, logits in self._logits(heads):
-            losses, slopes = self._by_image(part, logits)
+            losses, slopes = self._by_image(part, logits, whose)
             share = shares[:, part]
             slopes.mul_(share[:, None])
             down = (slopes.view(count * outputs, -1) @ block).view(count, outputs, -1)
@@ -186,34 +197,43 @@ class Problem:
             logits = (weights @ block.T).view(count, outputs, -1)
             yield part, block, logits.add_(heads[:, :, -1:])
 
-    def _by_image(self, part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses (B, n) of the rows of a slice and their slopes by their logits (B, K, n)."""
-        is_all = logits.shape[2] == len(self.targets)
-        by_image = self._of_all if is_all else self.loss.by_image(self.targets[part])
+    def _by_image(
+        self, part: slice, logits: torch.Tensor, whose: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (B, n) of the rows of a slice, for the heads of these numbers, and slopes (B, K, n)."""
+        by_image = self._of_all if logits.shape[2] == len(self.targets) else self._of(part)
+        if self.others and len(whose) <= len(self.others):
+            by_image = by_image.of(whose)
         if self.output is None:
             return by_image(logits)
         mean, std = self.output.mean[:, None], self.output.std[:, None]
         losses, slopes = by_image(logits * std + mean)
         return losses, slopes * std
 
-    @cached_property
-    def _of_all(self) -> ByImage:
-        return self.loss.by_image(self.targets)
+    def _of(self, part: slice) -> ByImage:
+        return side_by_side([loss.by_image(self.targets[part]) for loss in (self.loss, *self.others)])
 
     @cached_property
-    def _at_zero(self) -> tuple[torch.Tensor, float]:
-        """Of a head that says nothing: each row's loss (N,), and how it bends along one logit on average.
+    def _of_all(self) -> ByImage:
+        return self._of(slice(None))
+
+    @cached_property
+    def _at_zero(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of heads that say nothing, one for each loss (L): each row's loss (L, N), and how it bends along
+        one logit on average (L,).
 
         The second derivative's mean diagonal (Hutchinson 1989), by differences of slopes.
         """
-        random, each, bends = torch.Generator().manual_seed(0), [], 0.0
+        random, each, bends = torch.Generator().manual_seed(0), [], torch.zeros(())
+        whose = torch.arange(1 + len(self.others), device=self.targets.device)
         for part, share in self._pieces(len(self.targets)):
             shape = (1, self.num_outputs, len(self.targets[part]))
-            signs = torch.randint(0, 2, shape, generator=random).mul_(2).sub_(1).to(self.targets.device)
-            each.append(self._by_image(part, torch.zeros(shape, device=signs.device))[0][0])
-            ahead, behind = (self._by_image(part, step * signs)[1] for step in (STEP, -STEP))
-            bends += share * float(((ahead - behind) * signs).mean()) / (2 * STEP)
-        return torch.cat(each), max(bends, 1e-6)
+            signs = torch.randint(0, 2, shape, generator=random).mul_(2).sub_(1).to(whose.device)
+            signs = signs.expand(len(whose), -1, -1)
+            each.append(self._by_image(part, torch.zeros_like(signs, dtype=torch.float32), whose)[0])
+            ahead, behind = (self._by_image(part, step * signs, whose)[1] for step in (STEP, -STEP))
+            bends = bends.to(whose.device) + share * ((ahead - behind) * signs).mean(dim=(1, 2)) / (2 * STEP)
+        return torch.cat(each, dim=1), bends.clamp_min(1e-6)
 
     def _pieces(self, count: int) -> Iterator[tuple[slice, float]]:
         """Slices of `count` rows whose outputs are held at a time, and their shares of all."""
@@ -221,6 +241,12 @@ class Problem:
         for start in range(0, count, size):
             end = min(start + size, count)
             yield slice(start, end), (end - start) / count
+
+
+def side_by_side(each: Sequence[ByImage]) -> ByImage:
+    """The losses of several heads, one each, of one function."""
+    tensors = zip(*(one.tensors for one in each), strict=True)
+    return ByImage(each[0].function, tuple(torch.cat(parts) for parts in tensors))
 
 
 @dataclass(frozen=True)
