@@ -27,7 +27,7 @@ LAYER_3 = frozenset({"worker", "pool", "preflight"})
 LAYER_4 = frozenset(
     {"coordinator", "prepare", "candidates", "pace", "allocation", "schedule", "warm", "history", "results"}
     | {"continuing", "executing", "failures", "growing", "joined", "loop", "outcomes", "room"}
-    | {"again", "larger", "proposing", "ranking", "settling", "starting", "together", "tracking"}
+    | {"again", "batching", "larger", "proposing", "ranking", "settling", "starting", "tracking"}
 )
 LAYER_5 = frozenset({"cli", "api"})
 BELOW_2 = LAYER_0 | LAYER_1

@@ -31,7 +31,7 @@ class Job:
         waits_alone: whether that did not fit beside others.
         used: what it took in the end.
         is_alone: whether nothing else has run on its device since it began.
-        beside: further trials that the slot's worker solves together with it (`together`).
+        beside: further trials that the slot's worker solves together with it (`batching`).
         is_apart: whether it was begun with others, which failed, and is to run by itself.
     """
 

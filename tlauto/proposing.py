@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from tlauto.batching import Kin, at_once, kin_of, under_way
 from tlauto.continuing import earlier_reports, next_spec, promotion
 from tlauto.events import Said
 from tlauto.joined import beside_of
@@ -14,7 +15,6 @@ from tlauto.prepare import without_fixed
 from tlauto.ranking import best_trial
 from tlauto.schedule import counts
 from tlauto.study import TrialRecord
-from tlauto.together import Kin, at_once, kin_of, under_way
 
 
 def has_next(loop: Loop) -> bool:

@@ -17,11 +17,11 @@ import pytest
 from scripted_pool import ScriptedPool, open_scripted, search, together_done
 from tests_support import TINY, command, environment, leaderboard, run
 
+from tlauto.batching import AHEAD, LEARNED, MOST, at_once, kin_of, under_way
 from tlauto.coordinator import run as run_search
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import JobFailed, RunTogether, TogetherDone, decode, encode
 from tlauto.study import TrialRecord
-from tlauto.together import AHEAD, LEARNED, MOST, at_once, kin_of, under_way
 
 FIXED = {"probe.solver": "lbfgs"}
 SOLVED = {"backbone": "a", "strategy": "feature_extraction", "head": "linear", "probe.features": "grid"}
