@@ -18,7 +18,7 @@ from tlauto.errors import TrialError
 from tlauto.events import Emit, TrialEnded, ignore
 from tlauto.loop import Job, Loop
 from tlauto.memory import require_room
-from tlauto.outcomes import handle, stop_slow
+from tlauto.outcomes import handle, record_ended, stop_slow
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import BundleDone, JobFailed
 from tlauto.prepare import Session, open_session
@@ -68,6 +68,8 @@ def _search(loop: Loop) -> None:
         with _one_round(loop):
             for event in events:
                 handle(loop, event)
+            _hand_on(loop)
+            record_ended(loop)
             stop_slow(loop)
             _stop_late(loop)
             if not loop.interrupted.is_set() and not loop.hopeless:
@@ -101,6 +103,16 @@ def _one_round(loop: Loop) -> Iterator[None]:
         loop.emit = show
     for event in said:
         show(event)
+
+
+def _hand_on(loop: Loop) -> None:
+    """Let workers go on with what waits for them, before what they did is recorded."""
+    if not loop.ended or loop.interrupted.is_set() or loop.hopeless:
+        return
+    for slot, _, _ in loop.ended:
+        is_there = slot in loop.session.pool.slots
+        if loop.waiting and is_there and not must_wait(loop, slot) and not _keep_best(loop, slot):
+            begin(loop, slot, next_job(loop, proposes=False), loop.session.study.trials())
 
 
 def _fill(loop: Loop) -> None:
@@ -163,6 +175,7 @@ def _leave_best(loop: Loop) -> None:
     while loop.busy and not loop.interrupted.is_set():
         for event in loop.session.pool.wait(0.25):
             handle(loop, event)
+        record_ended(loop)
 
 
 def _stop_late(loop: Loop) -> None:

@@ -13,7 +13,7 @@ from tlauto.devices import device_of, is_gpu, is_here
 from tlauto.events import Emit
 from tlauto.memory import capacity_bytes
 from tlauto.pace import held_back
-from tlauto.pool.protocol import StepTried, Used
+from tlauto.pool.protocol import StepTried, TogetherDone, Used
 from tlauto.prepare import Session
 from tlauto.ranking import best_trial
 
@@ -63,6 +63,7 @@ class Loop:
     Attributes:
         busy: jobs by slot.
         waiting: proposed trials that no slot has taken yet.
+        ended: trials that were solved together and are to be recorded: slot, job, and how they ended.
         started: when this run began, by the monotonic clock.
         spent_before, saved_at: active seconds of earlier runs, and those that the database knows of.
         bundled, bundling: numbers of the trials whose bundle was written last, and is being written.
@@ -78,6 +79,7 @@ class Loop:
     interrupted: threading.Event
     busy: dict[str, Job] = field(default_factory=dict)
     waiting: deque[Job] = field(default_factory=deque)
+    ended: list[tuple[str, Job, TogetherDone]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     spent_before: float = 0.0
     saved_at: float = 0.0

@@ -41,12 +41,9 @@ def handle(loop: Loop, event: Event) -> None:
         case TrialDone() as done if job:
             del loop.busy[event.slot]
             _done(loop, event.slot, job, done)
-        case TogetherDone(ends, epochs) if job:
+        case TogetherDone() as together if job:
             del loop.busy[event.slot]
-            for one, epoch, done in zip(job.every, epochs, ends, strict=True):
-                one.epoch = epoch
-                loop.emit(EpochEnded.of(epoch, event.slot))
-                _done(loop, event.slot, one, done)
+            loop.ended.append((event.slot, job, together))
         case TrialFailed() as failed if job:
             del loop.busy[event.slot]
             fail(loop, event.slot, job, failed, event.log_tail)
@@ -79,6 +76,16 @@ def handle(loop: Loop, event: Event) -> None:
         case None if job:
             del loop.busy[event.slot]
             _died(loop, job, event)
+
+
+def record_ended(loop: Loop) -> None:
+    """Take note of what trials that were solved together gave, while the worker is at the next ones."""
+    for slot, job, together in loop.ended:
+        for one, epoch, done in zip(job.every, together.epochs, together.ends, strict=True):
+            one.epoch = epoch
+            loop.emit(EpochEnded.of(epoch, slot))
+            _done(loop, slot, one, done)
+    loop.ended.clear()
 
 
 def _learn_capacity(loop: Loop, slot: str, total: int | None) -> None:

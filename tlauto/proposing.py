@@ -39,11 +39,25 @@ def _trials_left(loop: Loop) -> int | None:
     return limit - counts(session.study.trials())["total"] - len(session.study.running)
 
 
-def next_job(loop: Loop) -> Job:
-    """The trial that has waited longest, or a new one, with others to solve together with it."""
-    job = loop.waiting.popleft() if loop.waiting else _propose(loop)
+def next_job(loop: Loop, *, proposes: bool = True) -> Job:
+    """A trial that waits, or a new one, with others to solve together with it.
+
+    Args:
+        proposes: new ones; else something must wait.
+    """
+    job = _take_waiting(loop) if loop.waiting else _propose(loop)
     if not job.is_apart:
-        job.beside = _beside(loop, job)
+        job.beside = _beside(loop, job, proposes=proposes)
+    return job
+
+
+def _take_waiting(loop: Loop) -> Job:
+    """One that failed beside others first, then of those that most can be solved together with."""
+    kins = [None if job.is_apart else _kin(loop, job) for job in loop.waiting]
+    apart = next((i for i, job in enumerate(loop.waiting) if job.is_apart), None)
+    most = max(range(len(kins)), key=lambda i: (kins.count(kins[i]) if kins[i] else 1, -i))
+    job = loop.waiting[most if apart is None else apart]
+    loop.waiting.remove(job)
     return job
 
 
@@ -61,7 +75,7 @@ def look_ahead(loop: Loop) -> None:
             loop.waiting.append(_propose(loop))
 
 
-def _beside(loop: Loop, job: Job) -> tuple[Job, ...]:
+def _beside(loop: Loop, job: Job, *, proposes: bool) -> tuple[Job, ...]:
     """Further trials to solve together with one: of those that wait, and new ones; others of these wait."""
     kin, left, further = _kin(loop, job), loop.seconds_left(), _trials_left(loop)
     if kin is None:
@@ -72,7 +86,7 @@ def _beside(loop: Loop, job: Job) -> tuple[Job, ...]:
     found = [other for other in loop.waiting if not other.is_apart and _kin(loop, other) == kin][: count - 1]
     for other in found:
         loop.waiting.remove(other)
-    while len(found) + 1 < count and _may_look_ahead(loop, kin, under_way(len(like))):
+    while proposes and len(found) + 1 < count and _may_look_ahead(loop, kin, under_way(len(like))):
         other = _propose(loop)
         (found if _kin(loop, other) == kin else loop.waiting).append(other)
     return tuple(found)

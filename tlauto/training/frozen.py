@@ -35,7 +35,7 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
     that looks best on a small part is mostly the luckiest.
     """
     started = time.perf_counter()
-    _compute(trial)
+    trial.compute()
     solves = trial.settings.solver != "minibatch"
     fitted, train_loss = solve_head(trial) if solves else _train_head(trial)
     on_epoch(_epoch(trial, fitted, train_loss, time.perf_counter() - started))
@@ -44,19 +44,11 @@ def fit_head(trial: Trial, on_epoch: Callable[[EpochResult], bool]) -> Fitted:
 
 def fit_heads(trials: Sequence[Trial]) -> list[tuple[Fitted, EpochResult]]:
     """The same for trials whose heads are solved at one penalty, side by side where that can be."""
-    for trial in trials:
-        _compute(trial)
     solved = solve_together(trials)
     return [
         (fitted, _epoch(trial, fitted, loss, 0.0))
         for trial, (fitted, loss) in zip(trials, solved, strict=True)
     ]
-
-
-def _compute(trial: Trial) -> None:
-    """See that the features are there."""
-    for source in (trial.source, *trial.beside):
-        source.compute([*trial.spec.fit_on, trial.spec.evaluate_on], trial.kind)
 
 
 def _epoch(trial: Trial, fitted: Fitted, train_loss: float, seconds: float) -> EpochResult:

@@ -11,12 +11,14 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
+from tlauto import recipe
+from tlauto.recipe import scale_of
 from tlauto.training.axes import principal_axes
 from tlauto.training.joined import only_linear
 from tlauto.training.kept import kept
 from tlauto.training.linear import CrossValidated, Problem, cross_validate
 from tlauto.training.model import GRID, LEVELS, Kind, Readout
-from tlauto.training.rows import BLOCK
+from tlauto.training.rows import BLOCK, Rows
 from tlauto.training.stored import Features, Stored
 from tlauto.training.threads import threads_for
 from tlauto.training.trial import Fitted, Trial
@@ -79,14 +81,18 @@ def solve_together(trials: Sequence[Trial]) -> list[tuple[Fitted, float]]:
     Heads on the same features under losses of one form are solved side by side: eight times as many columns
     take a product with the features about three times as long. Raises: as `solve_head`.
     """
-    alike: dict[object, list[_Solving]] = {}
+    alike: dict[object, list[Trial]] = {}
     for trial in trials:
-        solving = _Solving(trial, trial.kind)
-        form = solving.everything.key, trial.loss.by_image(solving.targets[:1]).function
-        alike.setdefault(form if all(form) else object(), []).append(solving)
+        spec, target = trial.spec, torch.from_numpy(trial.train_targets[:1])
+        read = (spec.backbone, *recipe.beside(spec.params), trial.kind, scale_of(spec.params))
+        of = trial.settings.mirror, spec.fit_on, spec.evaluate_on, trial.loss.by_image(target).function
+        alike.setdefault((*read, *of), []).append(trial)
     found: dict[int, tuple[Fitted, float]] = {}
-    for first, *others in alike.values():
-        with first.few_threads(len(others) + 1):
+    for same in alike.values():
+        same[0].compute()
+        first = _Solving(same[0], same[0].kind)
+        others = [_Solving(trial, trial.kind, like=first) for trial in same[1:]]
+        with first.few_threads(len(same)):
             losses = first.solve_beside(others)
             for solving, train_loss in zip((first, *others), losses, strict=True):
                 found[solving.trial.spec.number] = solving.evaluated(train_loss)
@@ -109,6 +115,7 @@ class _Solving:
     trial: Trial
     kind: Kind
     among: torch.Tensor | None = None
+    like: _Solving | None = None  # another trial's on the same features
 
     def of_all(self) -> _Solving:
         """The same on all rows."""
@@ -116,7 +123,7 @@ class _Solving:
 
     @cached_property
     def everything(self) -> Features:
-        return self.trial.features(self.trial.spec.fit_on, self.kind)
+        return self.like.everything if self.like else self.trial.features(self.trial.spec.fit_on, self.kind)
 
     @cached_property
     def train(self) -> Features:
@@ -124,6 +131,14 @@ class _Solving:
             return self.everything
         key = self.everything.key and ("some", len(self.among), self.everything.key)
         return Stored((self.everything.take(self.among),), key=key)
+
+    @cached_property
+    def valid(self) -> Rows:
+        """The features that the head is evaluated on."""
+        if self.like:
+            return self.like.valid
+        features = self.trial.features([self.trial.spec.evaluate_on], self.kind)
+        return self.trial.rows(self.readout, features, of=self.train)
 
     @cached_property
     def readout(self) -> Readout:
@@ -215,9 +230,7 @@ class _Solving:
             more: what else to say of it.
         """
         trial = self.trial
-        features = trial.features([trial.spec.evaluate_on], self.kind)
-        valid = trial.rows(self.readout, features, of=self.train)
-        batches = valid.batches(torch.arange(len(valid)), beside=trial.num_outputs)
+        batches = self.valid.batches(torch.arange(len(self.valid)), beside=trial.num_outputs)
         logits = torch.cat([self.readout.eval().answer(batch) for batch in batches])
         found = trial.evaluate(logits, 1)
         state = {name: tensor.detach().clone() for name, tensor in self.readout.state_dict().items()}

@@ -65,6 +65,11 @@ class Trial:
         """Whether every backbone that the head reads offers the features of all its stages."""
         return all(source.facts.widths.levels for source in (self.source, *self.beside))
 
+    def compute(self) -> None:
+        """See that what the head reads is in the cache, and let go of all that computed it."""
+        for source in (self.source, *self.beside):
+            source.compute([*self.spec.fit_on, self.spec.evaluate_on], self.kind)
+
     def features(self, splits: Sequence[str], kind: Kind) -> Features:
         """What the head reads of the images of these splits, split after split."""
         own = self.source.features(splits, kind)
