@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,32 @@ def test_what_cannot_be_solved_together_runs_one_by_one(tmp_path: Path) -> None:
     assert len(failed) > 1
     assert all([number] in groups(pool) for number in failed)
     assert {trial.state for trial in session.study.trials()} == {"complete"}
+
+
+@dataclass
+class Counting(ScriptedPool):
+    """One that counts the proposals that no slot has taken, at each wait."""
+
+    session: Any = None
+    waiting: list[int] = field(default_factory=list)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        taken = sum(len(job.together or (job.spec,)) for job in self._running.values())
+        self.waiting.append(len(self.session.study.running) - taken)
+        return super().wait(timeout_s)
+
+
+@pytest.mark.parametrize("time_s", [None, 3600.0])
+def test_nothing_is_proposed_ahead_while_the_time_is_limited(tmp_path: Path, time_s: float | None) -> None:
+    pool = Counting(("cpu:0",))
+    session = opened(tmp_path, pool, trials=60, features=None)
+    config = replace(session.config, time_s=time_s)
+    pool.session = session = replace(session, config=config, plan=replace(session.plan, config=config))
+    search(session)
+    assert sorted(number for group in groups(pool) for number in group) == list(range(60))
+    assert max(map(len, groups(pool))) > 1
+    most = max(pool.waiting)
+    assert most > 4 if time_s is None else most <= 1
 
 
 @dataclass

@@ -64,7 +64,7 @@ def _take_waiting(loop: Loop) -> Job:
 def look_ahead(loop: Loop) -> None:
     """Propose what workers can solve together when they have solved what they have now.
 
-    Not while the time is limited, or it could end with proposals that nobody has begun.
+    Not while the time is limited, or it would end with proposals that nobody has begun.
     """
     if loop.session.config.time_s is not None:
         return
@@ -93,7 +93,12 @@ def _beside(loop: Loop, job: Job, *, proposes: bool) -> tuple[Job, ...]:
 
 
 def _may_look_ahead(loop: Loop, kin: Kin, most: int) -> bool:
-    """Whether another may be proposed before it is its turn: of so many, and after none of another kind."""
+    """Whether another may be proposed before it is its turn: of so many, and after none of another kind.
+
+    While the time is limited, only as long as nothing waits.
+    """
+    if loop.waiting and loop.session.config.time_s is not None:
+        return False
     last = _kin(loop, loop.waiting[-1]) if loop.waiting else kin
     is_like = last is not None and last.pass_ == kin.pass_
     return is_like and len(loop.session.study.running) < most and _may_propose(loop)
