@@ -11,7 +11,7 @@ from tlauto.space import Scalar
 from tlauto.study import TrialRecord
 
 MOST = 8
-"""Heads at once: with twice as many, each takes hardly less (`bench/heads.py`)."""
+"""Heads at once: with twice as many, each takes a tenth less (`bench/RESULTS.md`)."""
 
 AHEAD = 2
 """So many times as many may be proposed and not over, so that a worker need not wait for proposals."""
