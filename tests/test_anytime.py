@@ -192,6 +192,36 @@ def test_a_dataset_of_few_images_is_always_the_same_with_the_whole_test_part(
         handover.place(f"{tmp_path / 'patches'}:500", tmp_path)
 
 
+def test_all_that_is_not_learned_from_can_be_tested(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    whole, _ = load_dataset(make_patches(tmp_path / "patches"), seed=0)
+    some, _ = load_dataset(handover.place(f"{tmp_path / 'patches'}:5", tmp_path, test_rest=True), seed=3)
+    learned, tested = ({item.sha256 for item in some.part(*parts)} for parts in (("train", "val"), ("test",)))
+    assert len(learned) == 15
+    assert learned.isdisjoint(tested)
+    assert learned | tested == {item.sha256 for item in whole.items}
+
+
+def test_of_images_with_several_labels_so_many_in_all_are_learned_from(
+    tmp_path: Path, make_patches: Callable[..., Path]
+) -> None:
+    files = sorted(make_patches(tmp_path / "patches").rglob("*.png"))
+    names = [("a|b", "b", "a|c")[i % 3] for i in range(len(files))]
+    lines = [f"{file},{name}" for file, name in zip(files, names, strict=True)]
+    (tmp_path / "sets.csv").write_text("\n".join(["path,label", *lines]) + "\n", encoding="utf-8")
+    manifest = handover.place(f"{tmp_path / 'sets.csv'}:12", tmp_path, test_rest=True)
+    few, _ = load_dataset(manifest, seed=0)
+    assert manifest.name == "sets-12.csv"
+    assert few.task == "multilabel"
+    assert len(few.part("train", "val")) == 12
+    assert len(few.part("test")) == len(files) - 12
+    labels = dict(zip(map(str, files), names, strict=True))
+    for item in few.items:
+        assert isinstance(item.target, tuple)
+        assert "|".join(few.classes[i] for i in item.target) == labels[str(few.file(item))]
+
+
 def test_networks_are_handed_over_as_the_search_loads_them(tmp_path: Path) -> None:
     ids, options = [TINY[1], "torchvision:squeezenet1_1"], WeightsOptions(pretrained=False)
     networks, left_out = handover.exported(ids, options, tmp_path)

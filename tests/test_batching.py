@@ -250,6 +250,7 @@ def test_trials_of_a_worker_that_died_run_again_by_themselves(tmp_path: Path) ->
 
 # --- real searches ----------------------------------------------------------------------------------
 
+ENDED = "feature_extraction  linear"  # in the line of each trial that ended
 SEARCH = ("search", "--data", "patches", *TINY, "--strategies", "feature_extraction", "--heads", "linear")
 
 
@@ -297,15 +298,14 @@ def test_a_search_that_is_killed_goes_on_with_what_was_proposed(
         command(*args), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        ended = 0
-        for line in process.stderr:
-            ended += line.startswith("done ") or " complete " in line or "feature_extraction" in line
-            if ended > 60:
-                break
+        ended = sum(1 for _ in itertools.islice((line for line in process.stderr if ENDED in line), 60))
         process.kill()
         process.communicate()
-    assert ended > 60
+    assert ended == 60
     done = run(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = leaderboard(tmp_path)
     assert sum(row["state"] == "complete" for row in rows) == 200
+    again = [row["retry_of"] for row in rows if row["retry_of"] is not None]
+    assert len(again) > 1, "those that were solved together or waited"
+    assert len(set(again)) == len(again)

@@ -59,8 +59,8 @@ def run_trial(
 def run_together(
     specs: Sequence[TrialSpec], registry: Registry, dataset: Dataset, *, device: str
 ) -> list[tuple[EpochResult, TrialDone]]:
-    """What `run_trial` gives for trials of the solver `lbfgs`, up to rounding: heads on the same features are
-    solved side by side. Each one's seconds are its share.
+    """What `run_trial` gives for trials of the solver `lbfgs`, within the minimiser's tolerance: heads on the
+    same features are solved side by side. Each one's seconds are its share.
 
     Returns: what is to be known of each, and its only epoch, in order. Raises: as `run_trial`, of all.
     """

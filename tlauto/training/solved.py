@@ -76,7 +76,7 @@ def solve_head(trial: Trial) -> tuple[Fitted, float]:
 
 
 def solve_together(trials: Sequence[Trial]) -> list[tuple[Fitted, float]]:
-    """What `solve_head` gives for trials of the solver `lbfgs` on one dataset, up to rounding.
+    """What `solve_head` gives for trials of the solver `lbfgs` on one dataset, within its tolerance.
 
     Heads on the same features under losses of one form are solved side by side: eight times as many columns
     take a product with the features about three times as long. Raises: as `solve_head`.
