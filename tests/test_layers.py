@@ -16,7 +16,7 @@ LAYER_0 = frozenset(
     | {"executors", "losses", "scales"}
 )
 LAYER_1 = frozenset(
-    {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "data", "devices"}
+    {"hookspecs", "plugins", "config", "recipe", "searchspace", "metrics", "intervals", "data", "devices"}
     | {"locks", "caches", "database", "memory"}
 )
 NETWORKS = frozenset({"backbone", "keras_network"})

@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from tlauto import metrics
 from tlauto.errors import ConfigError, DataError
+from tlauto.intervals import resamples, wilson
 
 RNG = np.random.default_rng(0)
 N, K = 300, 4
@@ -132,10 +133,31 @@ def test_every_interval_holds_its_value_and_repeats(
 
 def test_the_interval_of_accuracy_is_wilsons() -> None:
     # Newcombe 1998, table I: 81 of 263 has the Wilson interval 0.2553 to 0.3662.
-    low, high = metrics.wilson(81 / 263, 263)
+    low, high = wilson(81 / 263, 263)
     assert (low, high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
-    assert metrics.wilson(1.0, 20) == (pytest.approx(0.8389, abs=5e-5), 1.0)
-    assert metrics.wilson(0.0, 20)[0] == 0.0
+    assert wilson(1.0, 20) == (pytest.approx(0.8389, abs=5e-5), 1.0)
+    assert wilson(0.0, 20)[0] == 0.0
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_images_with_the_same_labels_may_be_drawn_together(several: bool) -> None:
+    rng = np.random.default_rng(3)
+    chances = rng.random((400, 3))
+    targets = (chances + 0.4 * rng.normal(size=chances.shape) > 0.5) if several else chances.argmax(axis=1)
+    if not several:
+        targets[::5] = (targets[::5] + 1) % 3
+    one_by_one = np.concatenate(
+        [metrics.get("f1").weighted(targets, chances, weights) for weights in resamples(400, 20_000, 0)]
+    )
+    entries = [
+        metrics.compute_all(
+            "multilabel" if several else "multiclass", targets, chances, intervals=("f1",), seed=seed
+        )
+        for seed in range(20)
+    ]
+    for name, share in (("low", 2.5), ("high", 97.5)):
+        together = np.mean([entry["f1"][name] for entry in entries])
+        assert together == pytest.approx(np.percentile(one_by_one, share), abs=0.05 * one_by_one.std())
 
 
 def test_a_perfect_result_has_the_interval_that_its_number_of_images_can_prove() -> None:

@@ -12,11 +12,12 @@ no image says nothing. For a metric that is not defined there (AUC of a single c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tlauto.errors import ConfigError, DataError, did_you_mean
+from tlauto.intervals import how_many, interval, middle, resamples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 
 UNBALANCED = 3.0
 """Ratio of the largest to the smallest class beyond which accuracy misleads."""
-RESAMPLES = 1000
-"""Bootstrap resamples; rank metrics on much data take fewer, never under 100."""
-_RANK_BUDGET = 4e7  # values that the resamples of one rank metric may visit: about 1 s on a core
-_CHUNK = 2_000_000  # resampled weights held at once: 16 MB
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Metric:
         tasks: the tasks it is defined for.
         higher_is_better: False for errors and losses, whose score is the negative value.
         weighted: (targets, predictions, weights (R, N)) to R values; NaN where it is not defined.
+        counts: it only asks which labels are true and which are predicted.
         is_rank: it sorts the predictions, so that its bootstrap is slow.
     """
 
@@ -46,6 +44,7 @@ class Metric:
     tasks: tuple[str, ...]
     higher_is_better: bool
     weighted: Callable[[Array, Array, Array], Array]
+    counts: bool = False
     is_rank: bool = False
 
     @property
@@ -86,7 +85,7 @@ def compute_all(
             continue
         values[metric.name] = {"value": value}
         if intervals is True or (intervals and metric.name in intervals):
-            low, high = _interval(metric, value, targets, predictions, seed)
+            low, high = interval(metric, value, targets, predictions, seed=seed)
             values[metric.name] |= {"low": low, "high": high}
     return values
 
@@ -117,9 +116,9 @@ def compare(metric: str, targets: Array, a: Array, b: Array, *, seed: int = 0) -
     sign = 1.0 if found.higher_is_better else -1.0
     gains = [
         sign * (found.weighted(targets, a, weights) - found.weighted(targets, b, weights))
-        for weights in _resamples(len(targets), _count(found, a), seed)
+        for weights in resamples(len(targets), how_many(found, a), seed)
     ]
-    low, high = _percentiles(np.concatenate(gains), gain)
+    low, high = middle(np.concatenate(gains), gain)
     return {"gain": gain, "low": low, "high": high, "significant": low > 0 or high < 0}
 
 
@@ -157,7 +156,7 @@ def of_task(task: str) -> tuple[Metric, ...]:
 # --- metrics of counts: (R, N) weights times (N, K) indicators -----------------------------------
 
 
-def _indicators(targets: Array, predictions: Array) -> tuple[Array, Array]:
+def indicators(targets: Array, predictions: Array) -> tuple[Array, Array]:
     """Which labels are true and which are predicted, (N, K) each; multilabel cuts at 0.5."""
     import numpy as np
 
@@ -169,12 +168,12 @@ def _indicators(targets: Array, predictions: Array) -> tuple[Array, Array]:
 
 def _counts(targets: Array, predictions: Array, weights: Array) -> tuple[Array, Array, Array]:
     """Hits, predicted and true counts by class, (R, K) each."""
-    true, predicted = _indicators(targets, predictions)
+    true, predicted = indicators(targets, predictions)
     return weights @ (true * predicted), weights @ predicted, weights @ true
 
 
 def _accuracy(targets: Array, predictions: Array, weights: Array) -> Array:
-    true, predicted = _indicators(targets, predictions)
+    true, predicted = indicators(targets, predictions)
     return _mean((true == predicted).all(axis=1), weights)
 
 
@@ -240,7 +239,7 @@ def _by_rank(
     """Macro average over classes of `area`(positives, negatives), both (R, distinct scores) ascending."""
     import numpy as np
 
-    true = _indicators(targets, predictions)[0]
+    true = indicators(targets, predictions)[0]
     areas = []
     for k in np.flatnonzero(true.any(axis=0)):
         order = np.argsort(predictions[:, k], kind="stable")
@@ -270,7 +269,7 @@ def _defined(part: Array, whole: Array) -> Array:
 def _log_loss(targets: Array, predictions: Array, weights: Array) -> Array:
     import numpy as np
 
-    true = _indicators(targets, predictions)[0]
+    true = indicators(targets, predictions)[0]
     chances = predictions.astype(float).clip(1e-7, 1 - 1e-7)
     if targets.ndim == 1:
         return _mean(-(true * np.log(chances)).sum(axis=1), weights)
@@ -307,62 +306,6 @@ def _mean(values: Array, weights: Array) -> Array:
     return mean
 
 
-# --- intervals --------------------------------------------------------------------------------------
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n images. Source: Wilson 1927, J. Am. Stat. Assoc. 22, 209-212."""
-    z = 1.959964
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At 0 and 1 the interval ends there exactly; rounding must not push it off its own value.
-    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
-
-
-def _interval(
-    metric: Metric, value: float, targets: Array, predictions: Array, seed: int
-) -> tuple[float, float]:
-    import numpy as np
-
-    if metric.name == "accuracy":
-        return wilson(value, len(targets))
-    if value == 1 and set(metric.tasks) <= set(_CLASSES):
-        # Resamples of a perfect result are all perfect; Wilson says what so many images can prove.
-        return wilson(value, len(targets))
-    resamples = _resamples(len(targets), _count(metric, predictions), seed)
-    values = [metric.weighted(targets, predictions, weights) for weights in resamples]
-    return _percentiles(np.concatenate(values), value)
-
-
-def _percentiles(values: Array, fallback: float) -> tuple[float, float]:
-    """The middle 95 % of the values that are defined; the value itself when none is."""
-    import numpy as np
-
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        return fallback, fallback
-    low, high = np.percentile(defined, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def _resamples(n: int, count: int, seed: int) -> Iterator[Array]:
-    """How often each of n images was drawn, (R, N) at a time, `count` resamples in all."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK // n)
-    for start in range(0, count, step):
-        rows = min(step, count - start)
-        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float32)
-
-
-def _count(metric: Metric, predictions: Array) -> int:
-    if not metric.is_rank:
-        return RESAMPLES
-    return int(min(RESAMPLES, max(100, _RANK_BUDGET // max(1, predictions.size))))
-
-
 def _check(targets: Array, predictions: Array) -> None:
     import numpy as np
 
@@ -383,12 +326,12 @@ def _table(metrics: Sequence[Metric]) -> dict[str, Metric]:
 _CLASSES = ("multiclass", "multilabel")
 METRICS: dict[str, Metric] = _table(
     [
-        Metric("accuracy", _CLASSES, True, _accuracy),
+        Metric("accuracy", _CLASSES, True, _accuracy, counts=True),
         # For several labels an image is right only when all its labels are: exact match.
-        Metric("balanced_accuracy", ("multiclass",), True, _recall),
-        Metric("precision", _CLASSES, True, _precision),
-        Metric("recall", _CLASSES, True, _recall),
-        Metric("f1", _CLASSES, True, _f1),
+        Metric("balanced_accuracy", ("multiclass",), True, _recall, counts=True),
+        Metric("precision", _CLASSES, True, _precision, counts=True),
+        Metric("recall", _CLASSES, True, _recall, counts=True),
+        Metric("f1", _CLASSES, True, _f1, counts=True),
         Metric("roc_auc", _CLASSES, True, _roc_auc, is_rank=True),
         Metric("map", _CLASSES, True, _average_precision, is_rank=True),
         Metric("log_loss", _CLASSES, False, _log_loss),
