@@ -202,8 +202,11 @@ class _Solving:
     def few_threads(self, heads: int = 1) -> Iterator[None]:
         """A block without gradients, with as many threads as so many heads keep busy.
 
-        For all of a trial, since to change their number costs as much as a dozen small steps.
+        For all of a trial, since to change their number costs as much as a dozen small steps. But for the
+        problem: what is kept of it must not depend on who asked first, and sums of more threads are rounded
+        otherwise.
         """
+        _ = self.problem
         count, width = self.train.shape[:2]
         with torch.no_grad(), threads_for(count * width * self.trial.num_outputs * heads):
             yield
