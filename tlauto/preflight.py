@@ -134,12 +134,14 @@ def local_backbones(
 
 
 def _check(info: BackboneInfo, registry: Registry, weights: WeightsOptions) -> Candidate:
+    from tlauto.training.pretrained import checked_backbone
+
     provider = registry.provider(info.provider)
     status = provider.weights_status(info.id, weights)
     if status.state == "missing" and weights.pretrained:
         return Candidate(info, status, status.detail)
     try:
-        backbone = provider.load(info.id, weights)
+        backbone = checked_backbone(info.id, weights, registry)
     except (WeightsError, UnknownNameError) as error:
         return Candidate(info, status, str(error))
     return Candidate(info, status, is_scalable=is_scalable(backbone))

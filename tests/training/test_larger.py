@@ -20,9 +20,10 @@ from tlauto.training.batches import centre_batches
 from tlauto.training.features import FeatureSource
 from tlauto.training.footprint import try_step
 from tlauto.training.joined import restore_parts
-from tlauto.training.model import Kind, features_of, load_backbone, restore
+from tlauto.training.model import Kind, features_of, restore
 from tlauto.training.pixels import load_pixels
 from tlauto.training.predictor import Predictor
+from tlauto.training.pretrained import load_backbone
 from tlauto.training.tasks import find_task
 
 Run = Callable[..., TrialDone]

@@ -15,8 +15,9 @@ import torch
 
 from tlauto.contracts import Backbone, TrialDone, TrialSpec
 from tlauto.data import Dataset
-from tlauto.training import features, frozen, solved
+from tlauto.training import features, frozen, pretrained, solved
 from tlauto.training.engines import Extractor
+from tlauto.training.kept import forget
 from tlauto.training.linear import CrossValidated, Problem
 from tlauto.training.model import Readout
 from tlauto.training.trial import Trial
@@ -114,10 +115,10 @@ def test_an_epoch_of_a_frozen_trial_may_be_a_part_of_the_images(
 def test_what_computes_features_is_gone_before_a_head_is_learned(
     head: str, spec: TrialSpec, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of many images the two would take more memory together than either."""
+    """Of many images the two would take more memory together than either, but for a small backbone."""
     alive: weakref.WeakSet[object] = weakref.WeakSet()
     held: list[int] = []
-    started, load, readout = Extractor.__init__, features.load_backbone, Trial.readout
+    started, load, readout = Extractor.__init__, features.frozen_backbone, Trial.readout
 
     def starting(self: Extractor, *given: Any, **named: Any) -> None:
         started(self, *given, **named)
@@ -134,7 +135,9 @@ def test_what_computes_features_is_gone_before_a_head_is_learned(
         return readout(*given)
 
     monkeypatch.setattr(Extractor, "__init__", starting)
-    monkeypatch.setattr(features, "load_backbone", loading)
+    monkeypatch.setattr(features, "frozen_backbone", loading)
+    monkeypatch.setattr(pretrained, "SMALL", 0)
+    forget()
     monkeypatch.setattr(Trial, "readout", learning)
     run(replace(spec, head=head))
     assert held[0] == 2, "one engine for all parts, with its backbone"

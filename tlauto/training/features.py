@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from tlauto.backbone import hash_weights, narrowed
-from tlauto.contracts import Backbone, ImageInput, TrialSpec
+from tlauto.contracts import Backbone, ImageInput, TrialSpec, trains_backbone
 from tlauto.data import Dataset
 from tlauto.plugins import Registry
 from tlauto.recipe import scale_of
@@ -29,8 +29,9 @@ from tlauto.training.batches import centre_batches, eval_batch
 from tlauto.training.engines import Extractor
 from tlauto.training.halving import Unfit, require_fit
 from tlauto.training.linear import stratified_folds
-from tlauto.training.model import GRID, Kind, Widths, load_backbone, mirrored
+from tlauto.training.model import GRID, Kind, Widths, mirrored
 from tlauto.training.pixels import Pixels, contents, geometry, load_pixels
+from tlauto.training.pretrained import frozen_backbone, load_backbone
 from tlauto.training.stored import Stored
 
 SAMPLE = 512  # images that feature scaling is measured on
@@ -103,8 +104,10 @@ class FeatureSource:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The backbone itself, built on first use."""
-        return load_backbone(self.spec, self.registry, self.device)
+        """The backbone itself, found on first use; the trial may change it only if it trains it."""
+        learns = trains_backbone(self.registry.strategy(self.spec.strategy))
+        load = load_backbone if learns else frozen_backbone
+        return load(self.spec, self.registry, self.device)
 
     @cached_property
     def facts(self) -> Facts:

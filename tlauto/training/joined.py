@@ -19,8 +19,9 @@ from tlauto.data import Dataset
 from tlauto.errors import TrialError
 from tlauto.plugins import Registry
 from tlauto.training.checkpoint import kind_of, load_checkpoint
-from tlauto.training.model import Classifier, Readout, Widths, build_readout, load_backbone, restore
+from tlauto.training.model import Classifier, Readout, Widths, build_readout, restore
 from tlauto.training.params import read
+from tlauto.training.pretrained import frozen_backbone
 from tlauto.training.tasks import find_task
 
 
@@ -48,7 +49,7 @@ def restore_parts(
     task, head, kind = find_task(spec.task), registry.head(spec.head), kind_of(checkpoint)
     settings = read(spec, registry.strategy(spec.strategy), head, task)
     specs = [spec, *(replace(spec, backbone=other) for other in others)]
-    backbones = [load_backbone(each, registry, torch.device(device)) for each in specs]
+    backbones = [frozen_backbone(each, registry, torch.device(device)) for each in specs]
     widths = [Widths.of(backbone) for backbone in backbones]
     given = head, settings.head, task.num_outputs(dataset.classes), kind
     whole = build_readout(widths[0], *given, beside=widths[1:])

@@ -10,16 +10,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tlauto.backbone import TorchBackbone, narrowed
-from tlauto.contracts import Backbone, FeatureShape, TaskHead, TrialSpec
+from tlauto.backbone import narrowed
+from tlauto.contracts import Backbone, FeatureShape, TaskHead, TrialSpec, trains_backbone
 from tlauto.data import Dataset
 from tlauto.errors import TrialError
 from tlauto.levels import Level, Levelled, level_shape_of, width_of
 from tlauto.plugins import Registry
-from tlauto.recipe import scale_of
-from tlauto.scales import at_scale
 from tlauto.space import Scalar
-from tlauto.training.seeding import seed_everything
+from tlauto.training.pretrained import frozen_backbone, load_backbone
 from tlauto.training.tasks import find_task
 
 Kind = Literal["pooled", "unpooled", "levels", "grid"]
@@ -220,26 +218,6 @@ def assemble(
     return Classifier(backbone, readout, mirror=mirror)
 
 
-def load_backbone(spec: TrialSpec, registry: Registry, device: torch.device) -> Backbone:
-    """The trial's pretrained backbone on `device`, frozen, for images of the size that the trial asks for.
-
-    Without pretrained weights its random initialisation is the same in every trial, whatever the
-    trial's seed: features, checkpoints and heads of one trial then fit those of the next.
-    Raises: TrialError when it takes no images of that size.
-    """
-    seed_everything(0)
-    provider = registry.provider(spec.backbone.partition(":")[0])
-    backbone = provider.load(spec.backbone, spec.weights)
-    backbone = at_scale(backbone, scale_of(spec.params), id=spec.backbone)
-    seed_everything(spec.seed)
-    backbone.set_trainable(())
-    backbone.set_training(False)
-    backbone.module.to(device)
-    if isinstance(backbone, TorchBackbone):
-        backbone.module.to(memory_format=torch.channels_last)  # 1.6 times as fast on CPU
-    return backbone
-
-
 def restore(
     spec: TrialSpec, registry: Registry, dataset: Dataset, checkpoint: Path, device: str
 ) -> Classifier:
@@ -251,8 +229,10 @@ def restore(
     from tlauto.training.params import read
 
     task, head = find_task(spec.task), registry.head(spec.head)
-    settings = read(spec, registry.strategy(spec.strategy), head, task)
-    backbone = load_backbone(spec, registry, torch.device(device))
+    strategy = registry.strategy(spec.strategy)
+    settings = read(spec, strategy, head, task)
+    load = load_backbone if trains_backbone(strategy) else frozen_backbone
+    backbone = load(spec, registry, torch.device(device))
     outputs = task.num_outputs(dataset.classes)
     kind = kind_of(checkpoint)
     classifier = assemble(backbone, head, settings.head, outputs, kind, mirror=settings.mirror)
