@@ -136,7 +136,8 @@ def test_a_recorded_figure_is_what_the_trial_gives_again(folder: Path, table: Ta
     head_file = next(
         f for f in (start / "start.safetensors", start / "checkpoint.safetensors") if f.is_file()
     )
-    from tlauto.schedule import PROBE_EPOCHS, PROBE_PATIENCE, trial_seed
+    from tlauto.recipe import PROBE_EPOCHS
+    from tlauto.schedule import PROBE_PATIENCE, trial_seed
 
     spec = TrialSpec(
         number=row.number, dataset="", task="multiclass", metric=table.header["metric"], backbone=backbone,

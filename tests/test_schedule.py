@@ -15,8 +15,9 @@ from tlauto.contracts import EpochResult, TrialDone, TrialSpec
 from tlauto.pace import Sizes
 from tlauto.plugins import registry
 from tlauto.ranking import best_trial, estimate, is_hopeless
-from tlauto.results.finish import REFIT_PROBE_EPOCHS, refit_spec
-from tlauto.schedule import KEEP_TOP, PROBE_EPOCHS, PROBE_PATIENCE, Plan, counts, trial_seed
+from tlauto.recipe import PROBE_EPOCHS, REFIT_PROBE_EPOCHS
+from tlauto.results.finish import refit_spec
+from tlauto.schedule import KEEP_TOP, PROBE_PATIENCE, Plan, counts, trial_seed
 from tlauto.searchspace import SearchSpace
 from tlauto.study import INTERRUPTED, TrialRecord
 

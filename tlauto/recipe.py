@@ -12,6 +12,12 @@ from tlauto.space import Choice, Float, Int, Scalar, Space, number
 EVAL_BATCH = 64
 """Images that a network takes at once where it does not learn, unless memory was short."""
 
+PROBE_EPOCHS = 150
+"""Epochs of a head on cached features, unless it stops early."""
+
+REFIT_PROBE_EPOCHS = 30
+"""Least epochs of its refit, which cost nothing."""
+
 OPTIMIZERS = ("adamw", "adam", "sgd")
 AUGMENT_LEVELS = ("none", "light", "medium", "strong")
 
@@ -119,3 +125,12 @@ def scale_of(params: Mapping[str, Scalar]) -> float:
 def beside(params: Mapping[str, Scalar]) -> tuple[str, ...]:
     """Ids of the further backbones that the head of a trial with these parameters reads."""
     return tuple(str(params.get(BESIDE, "")).split())
+
+
+def refit_epochs(epochs: int, best: int) -> int:
+    """Epochs of the refit of a trial that was to have `epochs` and was best after `best`.
+
+    The schedule is squeezed into them. A head on cached features gets at least `REFIT_PROBE_EPOCHS`: a
+    9-epoch refit of ten sign classes lost a point against a 30-epoch one.
+    """
+    return max(best, REFIT_PROBE_EPOCHS if epochs == PROBE_EPOCHS else 1)

@@ -25,7 +25,7 @@ from tlauto.pace import (
     next_to_screen,
 )
 from tlauto.ranking import rank, to_beat
-from tlauto.recipe import BESIDE, SCALE, scale_of
+from tlauto.recipe import BESIDE, PROBE_EPOCHS, SCALE, scale_of
 from tlauto.searchspace import SearchSpace
 from tlauto.space import Scalar
 from tlauto.study import TrialRecord
@@ -34,7 +34,6 @@ from tlauto.warm import Past, screening_order, warm_points
 KEEP_TOP = 3
 """Backbones that stay after screening: the best probes, the default and a wild card beside them."""
 
-PROBE_EPOCHS = 150
 PROBE_PATIENCE = 15
 PROBE_EPOCH_IMAGES = 8192
 """Most images of an epoch of a head on cached features that is trained in steps: of many images it does not

@@ -21,17 +21,14 @@ from tlauto.pool.base import Event
 from tlauto.pool.protocol import Answer, BundleDone, JobFailed, Message, Note, RunTrial, WriteBundle
 from tlauto.prepare import Session
 from tlauto.ranking import best_trial
-from tlauto.recipe import BESIDE, beside
+from tlauto.recipe import BESIDE, beside, refit_epochs
 from tlauto.results import ensemble
-from tlauto.schedule import PROBE_EPOCHS
 from tlauto.study import TrialRecord
 
 Metrics = Mapping[str, Mapping[str, float]]
 
 WINNER, DEFAULT, MEMBER = -1, -2, -3
 """Numbers of the refits, which are no trials of the study; further members count down from `MEMBER`."""
-
-REFIT_PROBE_EPOCHS = 30
 
 
 @dataclass(frozen=True)
@@ -143,20 +140,18 @@ def _refit(session: Session, trial: TrialRecord, number: int, weight: float = 0.
 def refit_spec(spec: TrialSpec, done: TrialDone, *, number: int, folder: Path, growth: float) -> TrialSpec:
     """A trial again on train and validation, for as long as it took to its best epoch, tested once.
 
-    The schedule is squeezed into that time. A frozen trial costs nothing, so it gets at least
-    `REFIT_PROBE_EPOCHS`: a 9-epoch refit of ten sign classes lost a point against a 30-epoch one. A head
-    that was solved reads what it read in the trial, and its penalty of the mean loss falls with the
-    number of images, as it does for a prior of fixed width.
+    The schedule is squeezed into that time (`recipe.refit_epochs`). A head that was solved reads what it
+    read in the trial, and its penalty of the mean loss falls with the number of images, as it does for a
+    prior of fixed width.
 
     Args:
         growth: images of both parts over images of the training part. An epoch of a fixed number of
             images sees a smaller share of the grown part, so there are more of them.
     """
-    epochs = done.best_epoch if spec.epoch_images is None else round(done.best_epoch * growth)
-    if spec.epochs == PROBE_EPOCHS:
-        epochs = max(epochs, REFIT_PROBE_EPOCHS)
+    best = done.best_epoch if spec.epoch_images is None else round(done.best_epoch * growth)
     values: dict[str, Any] = {
-        "number": number, "epochs": max(1, epochs), "patience": 0, "fit_on": ("train", "val"),
+        "number": number, "epochs": refit_epochs(spec.epochs, best), "patience": 0,
+        "fit_on": ("train", "val"),
         "evaluate_on": "test", "folder": str(folder), "purpose": "refit", "resume_from": None,
     }  # fmt: skip
     if done.penalty is not None:

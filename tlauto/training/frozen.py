@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from tlauto import pulse
 from tlauto.contracts import EpochResult
 from tlauto.errors import Diverged
+from tlauto.recipe import refit_epochs
 from tlauto.training.batches import Stream
 from tlauto.training.linear import FOLDS
 from tlauto.training.model import Readout
@@ -23,7 +25,7 @@ from tlauto.training.trial import Best, Fitted, Trial
 
 HIDDEN = 2048  # numbers of a row that a head is taken to hold inside
 
-AFFORDABLE = 2e10
+AFFORDABLE = 5e10
 """Multiply-adds of forward passes that cross-validating a head may take in all: seconds on a CPU."""
 
 
@@ -68,8 +70,9 @@ def _train_head(trial: Trial) -> tuple[Fitted, float]:
     winner, claimed = best.winner, spec.prove_above
     is_claim = trial.selects and claimed is not None and winner.score >= claimed
     numbers = sum(parameter.numel() for parameter in readout.head.parameters())
-    is_cheap = numbers * len(train) * best.epoch * FOLDS <= AFFORDABLE
-    held_out = _cross_validated(trial, rows[0], best.epoch) if is_claim and is_cheap else None
+    epochs = refit_epochs(spec.epochs, best.epoch)
+    is_cheap = numbers * len(train) * epochs * FOLDS <= AFFORDABLE
+    held_out = _cross_validated(trial, rows[0], epochs) if is_claim and is_cheap else None
     fitted = Fitted(best.epoch, winner, best.state, readout.kind, best.seen, numbers, held_out=held_out)
     return fitted, train_loss
 
@@ -115,7 +118,12 @@ def _losses(readout: Readout, trial: Trial, train: Rows, among: torch.Tensor) ->
 
 
 def _cross_validated(trial: Trial, train: Rows, epochs: int) -> np.ndarray | None:
-    """Predictions (N, …) for the training rows, each by a head trained as long on the other folds."""
+    """Predictions (N, …) for the training rows, each by a head trained on the other folds.
+
+    Trained as a refit is, which is what will be used: where a trial is best before its warm-up is over, one
+    whose schedule is squeezed learns at rates that the trial never saw, and may do worse by far.
+    """
+    trial = replace(trial, spec=replace(trial.spec, epochs=epochs))
     folds = trial.source.folds(trial.spec.fit_on, trial.spec.seed)
     if len(torch.unique(folds)) < 2:
         return None
@@ -127,9 +135,8 @@ def _cross_validated(trial: Trial, train: Rows, epochs: int) -> np.ndarray | Non
             readout.output.measure(torch.from_numpy(trial.train_targets))
         readout.to(trial.device)
         learned, held_out = torch.nonzero(folds != fold)[:, 0], torch.nonzero(folds == fold)[:, 0]
-        for epoch, _ in _losses(readout, trial, train, learned):
-            if epoch == epochs:
-                break
+        for _ in _losses(readout, trial, train, learned):
+            pass
         outputs[held_out] = _logits(readout, train, held_out).float().cpu()
     return trial.task.predict(outputs.numpy())
 
