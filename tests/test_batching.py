@@ -21,6 +21,7 @@ from tlauto.batching import AHEAD, LEARNED, MOST, at_once, kin_of, under_way
 from tlauto.coordinator import run as run_search
 from tlauto.pool.base import Event
 from tlauto.pool.protocol import JobFailed, RunTogether, TogetherDone, decode, encode
+from tlauto.searchspace import STARTUP
 from tlauto.study import TrialRecord
 
 FIXED = {"probe.solver": "lbfgs"}
@@ -66,19 +67,23 @@ def test_other_trials_run_by_themselves(attrs: dict[str, Any], params: dict[str,
 
 
 def test_the_sampler_has_learned_from_more_trials_than_are_under_way() -> None:
-    assert [under_way(known) for known in (0, 1, LEARNED)] == [1, 1, 1]
-    assert under_way(6) == 6 // LEARNED
-    assert under_way(10_000) == AHEAD * MOST
+    assert [under_way(known, 100) for known in (0, 1, LEARNED)] == [1, 1, 1]
+    assert under_way(6, 100) == 6 // LEARNED
+    assert under_way(10_000, 10_000) == AHEAD * MOST
+
+
+def test_those_that_are_drawn_at_random_need_not_wait_for_others() -> None:
+    assert [under_way(0, ever) for ever in (0, 3, STARTUP - 1, STARTUP)] == [STARTUP, STARTUP - 3, 1, 1]
 
 
 def test_at_once_are_as_many_as_the_budget_and_the_other_slots_leave() -> None:
     many = [record(i) for i in range(100)]
-    assert at_once(many, slots=1, most=None, left=None) == MOST
-    assert at_once(many[:3], slots=1, most=None, left=None) == 1
-    assert at_once(many, slots=1, most=5, left=None) == 5
-    assert at_once(many, slots=4, most=10, left=None) == 3
-    assert at_once(many, slots=1, most=None, left=6.0) == 3, "they take a second each"
-    assert at_once(many, slots=1, most=None, left=0.1) == 1
+    assert at_once(many, open=16, slots=1, most=None, left=None) == MOST
+    assert at_once(many, open=3, slots=1, most=None, left=None) == 3
+    assert at_once(many, open=16, slots=1, most=5, left=None) == 5
+    assert at_once(many, open=16, slots=4, most=10, left=None) == 3
+    assert at_once(many, open=16, slots=1, most=None, left=6.0) == 3, "they take a second each"
+    assert at_once(many, open=16, slots=1, most=None, left=0.1) == 1
 
 
 def test_messages_about_several_trials_come_through_the_pipe(tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_more_and_more_are_solved_together_and_each_runs_once(tmp_path: Path) ->
     sent = groups(pool)
     assert sorted(number for group in sent for number in group) == list(range(80))
     sizes = [len(group) for group in sent]
-    assert sizes[:3] == [1, 1, 1]
+    assert sizes[:3] == [1, STARTUP, STARTUP // LEARNED], "of the second no result was needed"
     assert MOST in sizes
     assert max(sizes) == MOST
     records = session.study.trials()
@@ -205,7 +210,7 @@ class Stopped(ScriptedPool):
     """One whose user presses Ctrl-C while trials are solved together."""
 
     def wait(self, timeout_s: float) -> list[Event]:
-        if any(job.together for job in self._running.values()) and len(self.trials) > 12:
+        if any(job.together for job in self._running.values()) and len(self.trials) > 8:
             os.kill(os.getpid(), signal.SIGINT)
             return []
         return super().wait(timeout_s)

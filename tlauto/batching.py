@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tlauto.recipe import SCALE
+from tlauto.searchspace import STARTUP
 from tlauto.space import Scalar
 from tlauto.study import TrialRecord
 
@@ -57,27 +58,31 @@ def kin_of(trial: TrialRecord, fixed: Mapping[str, Scalar]) -> Kin | None:
     return Kin(*model, features, mirror, params.get(SCALE, 1.0))
 
 
-def under_way(known: int) -> int:
+def under_way(known: int, ever: int) -> int:
     """How many trials that are solved side by side may be proposed and not over, at least one.
 
     Only what is recorded decides, not the clock: a search that is run again must propose the same.
 
     Args:
         known: complete trials like them.
+        ever: complete ones of their solver; the first are drawn at random, whatever others have shown.
     """
-    return max(1, min(AHEAD * MOST, known // LEARNED))
+    return max(1, STARTUP - ever, min(AHEAD * MOST, known // LEARNED))
 
 
-def at_once(alike: Sequence[TrialRecord], *, slots: int, most: int | None, left: float | None) -> int:
+def at_once(
+    alike: Sequence[TrialRecord], *, open: int, slots: int, most: int | None, left: float | None
+) -> int:
     """How many trials one worker may solve side by side, at least one.
 
     Args:
         alike: complete trials like them.
+        open: as many as may be proposed and not over.
         slots: that want to work too.
         most: trials that the search may still have; None without a limit.
         left: seconds that trials may still take; None without a limit.
     """
-    count = min(MOST, under_way(len(alike)))
+    count = min(MOST, open)
     if most is not None:
         count = min(count, -(-most // slots))
     if left is not None and alike:

@@ -70,7 +70,7 @@ def look_ahead(loop: Loop) -> None:
         return
     kins = (_kin(loop, job) for job in loop.busy.values() if not job.is_bundle)
     if kin := next(filter(None, kins), None):
-        most = under_way(len(_like(loop, kin)))
+        most = _most_under_way(loop, _like(loop, kin))
         while _may_look_ahead(loop, kin, most):
             loop.waiting.append(_propose(loop))
 
@@ -82,11 +82,12 @@ def _beside(loop: Loop, job: Job, *, proposes: bool) -> tuple[Job, ...]:
         return ()
     like, slots = _like(loop, kin), len(loop.session.pool.slots)
     all_left = None if further is None else further + 1 + len(loop.waiting)
-    count = at_once(like, slots=slots, most=all_left, left=left)
+    open = _most_under_way(loop, like)
+    count = at_once(like, open=open, slots=slots, most=all_left, left=left)
     found = [other for other in loop.waiting if not other.is_apart and _kin(loop, other) == kin][: count - 1]
     for other in found:
         loop.waiting.remove(other)
-    while proposes and len(found) + 1 < count and _may_look_ahead(loop, kin, under_way(len(like))):
+    while proposes and len(found) + 1 < count and _may_look_ahead(loop, kin, open):
         other = _propose(loop)
         (found if _kin(loop, other) == kin else loop.waiting).append(other)
     return tuple(found)
@@ -113,6 +114,13 @@ def _like(loop: Loop, kin: Kin) -> list[TrialRecord]:
     trials, fixed = loop.session.study.trials(), loop.session.plan.space.fixed
     known = ((trial, kin_of(trial, fixed)) for trial in trials if trial.state == "complete")
     return [trial for trial, other in known if other and other.pass_ == kin.pass_]
+
+
+def _most_under_way(loop: Loop, like: Sequence[TrialRecord]) -> int:
+    """How many that are solved side by side may be proposed and not over, when these are complete."""
+    trials, fixed = loop.session.study.trials(), loop.session.plan.space.fixed
+    ever = sum(trial.state == "complete" and kin_of(trial, fixed) is not None for trial in trials)
+    return under_way(len(like), ever)
 
 
 def _propose(loop: Loop) -> Job:

@@ -13,6 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from tlauto.searchspace import STARTUP
 from tlauto.space import Scalar
 
 Kept = Mapping[str, Collection[Scalar]]
@@ -22,9 +23,6 @@ Distributions = dict[str, BaseDistribution]
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of trials that there is something to learn from."""
-
-STARTUP = 8
-"""Trials that must have ended with a block's parameters before TPE draws these together."""
 
 WIDE = 16
 """A range of whole numbers that is taken for one of fractions."""

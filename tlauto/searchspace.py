@@ -13,6 +13,9 @@ from tlauto.space import Choice, Parameter, Scalar, Space
 
 Pick = Callable[[str, Parameter], Scalar]
 
+STARTUP = 8
+"""Trials that must have ended with some parameters before those of the next one are learned from them."""
+
 
 @dataclass(frozen=True)
 class SearchSpace:
