@@ -70,7 +70,7 @@ def look_ahead(loop: Loop) -> None:
         return
     kins = (_kin(loop, job) for job in loop.busy.values() if not job.is_bundle)
     if kin := next(filter(None, kins), None):
-        most = _most_under_way(loop, _like(loop, kin))
+        most = _known(loop, kin)[1]
         while _may_look_ahead(loop, kin, most):
             loop.waiting.append(_propose(loop))
 
@@ -80,9 +80,8 @@ def _beside(loop: Loop, job: Job, *, proposes: bool) -> tuple[Job, ...]:
     kin, left, further = _kin(loop, job), loop.seconds_left(), _trials_left(loop)
     if kin is None:
         return ()
-    like, slots = _like(loop, kin), len(loop.session.pool.slots)
+    (like, open), slots = _known(loop, kin), len(loop.session.pool.slots)
     all_left = None if further is None else further + 1 + len(loop.waiting)
-    open = _most_under_way(loop, like)
     count = at_once(like, open=open, slots=slots, most=all_left, left=left)
     found = [other for other in loop.waiting if not other.is_apart and _kin(loop, other) == kin][: count - 1]
     for other in found:
@@ -109,18 +108,12 @@ def _kin(loop: Loop, job: Job) -> Kin | None:
     return kin_of(loop.session.study.trials()[job.spec.number], loop.session.plan.space.fixed)
 
 
-def _like(loop: Loop, kin: Kin) -> list[TrialRecord]:
-    """The complete trials on features of the same forward pass."""
+def _known(loop: Loop, kin: Kin) -> tuple[list[TrialRecord], int]:
+    """The complete trials on features of the same forward pass; how many may be proposed and not over."""
     trials, fixed = loop.session.study.trials(), loop.session.plan.space.fixed
-    known = ((trial, kin_of(trial, fixed)) for trial in trials if trial.state == "complete")
-    return [trial for trial, other in known if other and other.pass_ == kin.pass_]
-
-
-def _most_under_way(loop: Loop, like: Sequence[TrialRecord]) -> int:
-    """How many that are solved side by side may be proposed and not over, when these are complete."""
-    trials, fixed = loop.session.study.trials(), loop.session.plan.space.fixed
-    ever = sum(trial.state == "complete" and kin_of(trial, fixed) is not None for trial in trials)
-    return under_way(len(like), ever)
+    solved = [(trial, kin_of(trial, fixed)) for trial in trials if trial.state == "complete"]
+    like = [trial for trial, other in solved if other and other.pass_ == kin.pass_]
+    return like, under_way(len(like), ever=sum(other is not None for _, other in solved))
 
 
 def _propose(loop: Loop) -> Job:

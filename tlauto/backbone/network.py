@@ -127,7 +127,11 @@ class TorchBackbone:
         BatchNorm is frozen unless all its parameters learn. A module without parameters follows
         its nearest ancestor that has some.
         """
-        _set_mode(self.module, training=training, inherited=training)
+        if training:
+            _set_mode(self.module, inherited=True)
+            return
+        for module in self.module.modules():
+            module.training = False
 
     def _measure(self) -> tuple[FeatureShape, set[str]]:
         """The shape of the features, and the names of the modules that `unpooled` called."""
@@ -225,16 +229,16 @@ def _join_unused_tail(stages: tuple[tuple[str, ...], ...], ran: set[str]) -> tup
     return (*stages[:last], tuple(name for stage in stages[last:] for name in stage))
 
 
-def _set_mode(module: nn.Module, *, training: bool, inherited: bool) -> None:
+def _set_mode(module: nn.Module, *, inherited: bool) -> None:
     mode = inherited
     parameters = list(module.parameters())
     if parameters:
         learning = [parameter.requires_grad for parameter in parameters]
-        mode = training and (all(learning) if _is_batch_norm(module) else any(learning))
+        mode = all(learning) if _is_batch_norm(module) else any(learning)
     # Not `module.train(mode)`: that would overrule the children, which decide for themselves.
     module.training = mode
     for child in module.children():
-        _set_mode(child, training=training, inherited=mode)
+        _set_mode(child, inherited=mode)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
