@@ -154,8 +154,11 @@ def test_the_axes_hold_all_that_the_features_say() -> None:
     for shape in ((120, 20), (30, 200)):
         x = make_problem(*shape).features
         axes = principal_axes(x)
-        assert torch.allclose(axes.basis.T @ axes.basis, torch.eye(axes.basis.shape[1]), atol=1e-3)
-        assert torch.allclose(axes.rows.whole @ axes.basis.T, x.whole, atol=1e-3)
+        whole = torch.eye(len(axes.squares))
+        basis = axes.basis.out_of(whole)  # transposed
+        assert basis.shape == (len(axes.squares), shape[1])
+        assert torch.allclose(axes.basis.into(basis), whole, atol=1e-3)
+        assert torch.allclose(axes.rows.whole @ basis, x.whole, atol=1e-3)
         assert torch.allclose(axes.rows.whole.square().mean(dim=0), axes.squares, rtol=1e-3, atol=1e-5)
 
 
@@ -172,7 +175,7 @@ def test_heads_on_features_read_in_blocks_are_those_on_features_in_memory(width:
     some = [torch.arange(0, 2000), torch.arange(100, 2200, 3)]
     assert len(list(mapped.features.blocks(beside=2 * 30 * 20))) > 1
     if width > WIDE:
-        assert mapped._axes.basis.shape[1] < width
+        assert len(mapped._axes.squares) < width
     for rows in some:
         found = [p.solve([1e-1], [rows], tolerance=1e-4).heads for p in (small, mapped)]
         answers = [p.answers(head)[rows] for p, head in zip((small, mapped), found, strict=True)]

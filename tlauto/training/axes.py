@@ -22,6 +22,32 @@ SAMPLE = 512  # images
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Orthonormal columns: `left` (D, A), or the product of `left` (D, N) and `right` (N, A).
+
+    Of features that are wider than there are rows the axes are sums of rows. The product is a matrix as
+    large as the features, takes as long as finding the axes does, and a few heads do without it.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that it takes."""
+        return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
+
+    def into(self, heads: torch.Tensor) -> torch.Tensor:
+        """Heads (B, K, D) along the columns (B, K, A)."""
+        turned = heads @ self.left
+        return turned if self.right is None else turned @ self.right
+
+    def out_of(self, heads: torch.Tensor) -> torch.Tensor:
+        """The reverse."""
+        return (heads if self.right is None else heads @ self.right.T) @ self.left.T
+
+
+@dataclass(frozen=True)
 class Axes:
     """Principal axes of features, and the rows that a minimiser multiplies heads with.
 
@@ -29,14 +55,14 @@ class Axes:
     read anew at each step, W is D and it is the heads that are rotated.
 
     Attributes:
-        basis: (D, A), orthonormal.
+        basis: the axes (D, A).
         rows: the features (N, W).
         squares: mean square (A,) along each axis.
         rest: mean square along any direction beside them.
         is_rotated: whether `rows` are.
     """
 
-    basis: torch.Tensor
+    basis: Basis
     rows: Rows
     squares: torch.Tensor
     rest: float
@@ -46,15 +72,15 @@ class Axes:
     def bytes(self) -> int | None:
         """Of memory that they take; None when their rows are mapped."""
         rows = self.rows.bytes
-        return None if rows is None else rows + self.basis.nbytes
+        return None if rows is None else rows + self.basis.bytes
 
     def inwards(self, heads: torch.Tensor) -> torch.Tensor:
         """Heads (B, K, D) in the coordinates (B, K, W) of the rows."""
-        return heads @ self.basis if self.is_rotated else heads
+        return self.basis.into(heads) if self.is_rotated else heads
 
     def outwards(self, heads: torch.Tensor) -> torch.Tensor:
         """The reverse."""
-        return heads @ self.basis.T if self.is_rotated else heads
+        return self.basis.out_of(heads) if self.is_rotated else heads
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,7 @@ class Stretch:
         if self.axes.is_rotated:
             return heads * self._whole
         weights, basis = heads[:, :, :-1], self.axes.basis
-        turned = ((self.along - self.beside) * (weights @ basis)) @ basis.T
+        turned = basis.out_of((self.along - self.beside) * basis.into(weights))
         return torch.cat([self.beside * weights + turned, heads[:, :, -1:] * self.bias], dim=2)
 
     def of(self, which: torch.Tensor) -> Stretch:
@@ -101,16 +127,21 @@ def principal_axes(features: Rows) -> Axes:
     """
     x, (count, width) = features.whole, features.shape
     if x is not None:
-        is_wide = count < width and bool(x.any())
-        values, basis = _of_rows(x) if is_wide else _eigen(x.T @ x)
-        rotated = Rows(Stored((x @ basis,)), lambda part: part, features.device, limit=2**62)
-        return Axes(basis, rotated, values.clamp_min(0) / count, 0.0, is_rotated=True)
+        if count < width and bool(x.any()):
+            products = x @ x.T
+            values, right = _of_rows(products)
+            basis, rotated = Basis(x.T, right), products @ right
+        else:
+            values, vectors = _eigen(x.T @ x)
+            basis, rotated = Basis(vectors), x @ vectors
+        rows = Rows(Stored((rotated,)), lambda part: part, features.device, limit=2**62)
+        return Axes(basis, rows, values.clamp_min(0) / count, 0.0, is_rotated=True)
     if width <= WIDE:
         moments = torch.zeros(width, width, device=features.device)
         for _, block in features.blocks():
             moments += block.T @ block
-        values, basis = _eigen(moments)
-        return Axes(basis, features, values.clamp_min(0) / count, 0.0, is_rotated=False)
+        values, vectors = _eigen(moments)
+        return Axes(Basis(vectors), features, values.clamp_min(0) / count, 0.0, is_rotated=False)
     return _sampled(features)
 
 
@@ -119,20 +150,21 @@ def _sampled(features: Rows) -> Axes:
     count, width = features.shape
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     half = min(SAMPLE, count // 2)
-    _, basis = _of_rows(features.take(order[:half]))
+    some = features.take(order[:half])
+    basis = some.T @ _of_rows(some @ some.T)[1]
     others = features.take(order[half : 2 * half])
     squares = (others @ basis).square().mean(dim=0)
     total = float(others.square().sum(dim=1).mean())
     rest = max(total - float(squares.sum()), 0.0) / max(1, width - basis.shape[1])
-    return Axes(basis, features, squares, rest, is_rotated=False)
+    return Axes(Basis(basis), features, squares, rest, is_rotated=False)
 
 
-def _of_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (A,) and axes (D, A) of fewer rows (N, D) than features, by their products."""
-    values, vectors = _eigen(x @ x.T)
+def _of_rows(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (A,) and axes, as sums (N, A) of the rows, of fewer rows than features, by products (N, N)."""
+    values, vectors = _eigen(products)
     is_sound = values > 1e-6 * values[-1]
     values = values[is_sound]
-    return values, x.T @ (vectors[:, is_sound] * values.rsqrt())
+    return values, vectors[:, is_sound] * values.rsqrt()
 
 
 def _eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
