@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-LIMIT = 2**27
+LIMIT = 2**28
 """Bytes of all that is kept: a fraction of what Python and PyTorch take themselves."""
 
 T = TypeVar("T")

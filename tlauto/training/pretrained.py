@@ -17,7 +17,7 @@ from tlauto.training.kept import kept
 from tlauto.training.seeding import seed_everything
 
 SMALL = 2**25
-"""Bytes of a backbone that is kept, a quarter of all that is: 32 MiB, or eight million weights."""
+"""Bytes of a backbone that is kept, an eighth of all that may be: 32 MiB, or eight million weights."""
 
 
 def load_backbone(spec: TrialSpec, registry: Registry, device: torch.device) -> Backbone:
