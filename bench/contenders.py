@@ -195,7 +195,7 @@ def torch_settings() -> dict[str, str]:
     """The settings of tlauto's workers that serve any process with torch, for one with all cores."""
     from tlauto.devices import make_slots
 
-    wanted = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY")
+    wanted = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     env = make_slots("cpu", 1)[0].env
     return {name: value for name, value in env.items() if name in wanted or name.endswith("_NUM_THREADS")}
 

@@ -18,11 +18,14 @@ from tlauto.errors import ConfigError
 from tlauto.pool.local import LocalPool
 from tlauto.pool.protocol import Answer, RunTrial
 
+WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_cpu_slots_share_the_cores() -> None:
@@ -31,7 +34,24 @@ def test_cpu_slots_share_the_cores() -> None:
     assert all(slot.threads == max(1, available_cores() // 2) for slot in slots)
     assert slots[0].env["OMP_NUM_THREADS"] == str(slots[0].threads)
     assert slots[0].env["CUDA_VISIBLE_DEVICES"] == ""
-    assert slots[0].env["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("PASSIVE", "1000")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+        ({"GOMP_SPINCOUNT": "7"}, (None, "7")),
+    ],
+    ids=["nothing", "a policy", "a count"],
+)
+def test_threads_of_a_worker_spin_a_little_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: tuple[str | None, ...]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    env = make_slots("cpu", 2)[0].env
+    assert tuple(env.get(name) for name in WAITING) == expected
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,11 @@ def test_a_light_command_loads_no_heavy_library(words: tuple[str, ...]) -> None:
     assert _heavy_after(_run_command(*words)) == []
 
 
-def test_threads_of_a_command_wait_without_spinning_unless_the_user_says_otherwise() -> None:
-    code = f"{_run_command('--version')}\nimport os; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+def test_threads_of_a_command_spin_a_little_unless_the_user_says_otherwise() -> None:
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    code = f"{_run_command('--version')}\nimport os; print(*map(os.environ.get, {names}))"
+    for given, expected in (({}, "PASSIVE 1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None")):
+        env = {name: value for name, value in os.environ.items() if name not in names} | given
         run = subprocess.run(
             [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
         )

@@ -136,13 +136,23 @@ def environment(device: str, gpu: str, threads: int) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is deterministic only with it
     }
-    # Threads that wait do not spin: a spinning one takes the core from whoever it waits for as soon as
-    # anything else runs. A linear head took 0.9 s instead of 0.07 s beside one busy process.
-    env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    env |= waiting()
     env |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         env["GLIBC_TUNABLES"] = GLIBC_TUNABLES
     return env
+
+
+def waiting() -> dict[str, str]:
+    """How a process's threads wait for each other, as variables of its environment; the user's come first.
+
+    They spin for some 20 microseconds before they sleep. One that spins for longer takes the core from
+    whoever it waits for as soon as anything else runs; to sleep and wake at once takes longer than the small
+    steps between which they wait (`bench/RESULTS.md`, Threads that wait).
+    """
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    return given or dict(zip(names, ("PASSIVE", "1000"), strict=True))
 
 
 def _devices(text: str) -> list[str]:

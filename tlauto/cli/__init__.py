@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import click
 
+from tlauto.devices import waiting
 from tlauto.errors import TlautoError
 
 # name -> (module, one line for --help); spelled out so that --help imports no command.
@@ -85,8 +86,7 @@ def app() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit 1 on an error of ours, 2 on wrong usage, 130 when interrupted."""
-    # Threads that wait for each other by spinning make a small network ten times as slow beside other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(waiting())
     # Python has none where the caller closed it (`>&-`).
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
