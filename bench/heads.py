@@ -6,14 +6,15 @@ One side decodes the images and computes their features once, in a process set u
 the engine that a search would use. The other is a real search of 100 feature-extraction trials with
 linear heads whose L2 penalty, loss and stages are searched, from an empty cache: from the start of its
 first trial to the end of its last, features included. Mirror images are left out, unless --mirror: they
-take a second forward pass, which is no head's cost. Prints both; the last line of standard output is one
+take a second forward pass, which is no head's cost. Both in turn, --rounds times, since the speed of
+a shared machine changes from one minute to the next. Prints medians; the last line of standard output is one
 JSON object:
 
     heads_per_forward   the search's seconds over the forward pass's
     cached_trial_ms     time from the first trial's end to the last's, less what the heads themselves took,
                         over the trials: proposals, messages, the database, bundles of the best model so far
 
---quick is 30 trials. Without --data, hymenoptera in the folder TLAUTO_BENCH_DATA is measured.
+--quick is one round of 30 trials. Without --data, hymenoptera in the folder TLAUTO_BENCH_DATA is measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,16 +39,24 @@ def main() -> None:
     if args.serve:
         print(json.dumps({"seconds": forward(args)}))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        one = json.loads(in_worker_environment(folder).splitlines()[-1])["seconds"]
-    with tempfile.TemporaryDirectory() as folder:
-        many, fixed = search(args, Path(folder))
-    trials = args.trials
-    print(f"decode and forward, once     {one:8.2f} s")
-    print(f"{trials} head trials, all in all {many:8.2f} s")
-    print(f"fixed cost of a trial        {1000 * fixed:8.1f} ms")
-    figures = {"heads_per_forward": many / one, "cached_trial_ms": 1000 * fixed}
-    print(json.dumps({**figures, "forward_s": one, "trials": trials, "cores": os.cpu_count()}))
+    forwards, searches, rests = [], [], []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            forwards.append(float(json.loads(in_worker_environment(folder).splitlines()[-1])["seconds"]))
+        with tempfile.TemporaryDirectory() as folder:
+            many, rest = search(args, Path(folder))
+        searches.append(many)
+        rests.append(1000 * rest)
+    one, many, rest = (statistics.median(found) for found in (forwards, searches, rests))
+    print(f"decode and forward, once     {one:8.2f} s   of {_listed(forwards)}")
+    print(f"{args.trials} head trials, all in all {many:8.2f} s   of {_listed(searches)}")
+    print(f"fixed cost of a trial        {rest:8.1f} ms  of {_listed(rests)}")
+    figures = {"heads_per_forward": many / one, "cached_trial_ms": rest, "forward_s": one}
+    print(json.dumps({**figures, "trials": args.trials, "rounds": args.rounds, "cores": os.cpu_count()}))
+
+
+def _listed(found: list[float]) -> str:
+    return ", ".join(f"{each:.1f}" for each in found)
 
 
 def in_worker_environment(folder: str) -> str:
@@ -119,7 +129,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backbone", default="efficientnet-lite:lite0")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false")
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="30 trials")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of 30 trials")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mirror", action="store_true", help="search mirror images too")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -129,7 +140,7 @@ def parse() -> argparse.Namespace:
         if not folder:
             parser.error("name a dataset with --data, or a folder of datasets with TLAUTO_BENCH_DATA")
         args.data = str(Path(folder, "hymenoptera"))
-    args.trials = 30 if args.quick else args.trials
+    args.trials, args.rounds = (30, 1) if args.quick else (args.trials, args.rounds)
     return args
 
 

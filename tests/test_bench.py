@@ -160,12 +160,13 @@ def test_head_trials_are_timed_against_a_forward_pass(
 ) -> None:
     make_patches(tmp_path / "patches")
     done = script(
-        "heads.py", "--data", "patches", "--no-pretrained", "--trials", "3", "--backbone", TINY[1],
+        "heads.py", "--data", "patches", "--no-pretrained", "--trials", "3", "--rounds", "2",
+        "--backbone", TINY[1],
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["trials"] == 3
+    assert (figures["trials"], figures["rounds"]) == (3, 2)
     assert figures["heads_per_forward"] > 0
     assert figures["forward_s"] > 0
     assert not (tmp_path / "tlauto-runs").exists(), "it works in a folder of its own"
