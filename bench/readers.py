@@ -14,11 +14,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moments import MOMENTS, wait_for
-from searches import BACKBONES, MARK, Search
+from searches import BACKBONES, LONGEST_S, MARK, Search
 
 EVERY_S = 0.2
 """Pause between two reads of a reader."""
@@ -66,12 +65,18 @@ class Readers:
 
 
 def read_a_search(search: Search) -> Readers:
-    """Run a search to its end beside four readers and a dashboard, from its first trial on."""
+    """Run a search to its end beside four readers and a dashboard.
+
+    Its first trial is a search by itself: a dashboard needs a study, and all may be over before it is up.
+    """
     found, over = Readers(), threading.Event()
-    search.start()
-    wait_for(search, MOMENTS["trials"][0])
+    begun = replace(search, options=(*search.options, "--trials", "1"))
+    begun.start()
+    if begun.wait() != 0:
+        found.errors.append(f"the first trial failed: {begun.said()[-500:]}")
     with ExitStack() as ending:
         port = ending.enter_context(_dashboard(search, found))
+        search.start()
         polling = threading.Thread(target=_poll, args=(port, over, found))
         polling.start()
         for number, code in enumerate(2 * (OPTUNA, LEADERBOARD)):
@@ -133,7 +138,7 @@ def _dashboard(search: Search, found: Readers) -> Iterator[int]:
             env={**os.environ, **search.env, MARK: f"{search.mark}dashboard"},
         )  # fmt: skip
     try:
-        yield _port(log, process)
+        yield _answering(_port(log, process), process)
         if process.poll() is not None:
             found.errors.append(f"the dashboard ended with {process.returncode}: {log.read_text()[-300:]}")
     finally:
@@ -149,20 +154,26 @@ def _port(log: Path, process: subprocess.Popen[bytes]) -> int:
     raise RuntimeError(f"the dashboard did not start: {log.read_text()[-500:]}")
 
 
+def _answering(port: int, process: subprocess.Popen[bytes]) -> int:
+    """The port once it answers; the dashboard says that it listens a moment before it does."""
+    latest = time.monotonic() + LONGEST_S
+    while process.poll() is None and time.monotonic() < latest:
+        with contextlib.suppress(OSError):
+            _get(port, "")
+            return port
+        time.sleep(0.05)
+    raise RuntimeError("the dashboard never answered")
+
+
 def _poll(port: int, over: threading.Event, found: Readers) -> None:
     """Ask for the studies and one study's trials, as an open page does."""
-    has_answered = False
     while not over.wait(EVERY_S):
         try:
             for study in _get(port, "")["study_summaries"]:
                 _get(port, f"/{study['study_id']}")
-            has_answered = True
             found.reads += 1
         except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-            if has_answered:  # it says that it listens a moment before it does
-                found.errors.append(f"the dashboard answered: {error!r}")
-    if not has_answered:
-        found.errors.append("the dashboard never answered")
+            found.errors.append(f"the dashboard answered: {error!r}")
 
 
 def _get(port: int, path: str) -> dict[str, list[dict[str, int]]]:

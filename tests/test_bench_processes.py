@@ -330,7 +330,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "speedup": ("--trials", "2", "--images", "24", "--repeats", "1"),
     "ctrl_c": ("--moments", "trials,bundle held up", "--repeats", "1"),
     "kill": ("--images", "60", "--repeats", "1"),
-    "readers": ("--cached", "60"),  # enough that the dashboard answers while they run
+    "readers": ("--cached", "60"),
 }
 
 
