@@ -120,6 +120,14 @@ def search(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     return ends[-1] - trials[0].datetime_start.timestamp(), rest / (len(trials) - 1)
 
 
+def shared_dataset(parser: argparse.ArgumentParser, name: str) -> str:
+    """A dataset of the folder TLAUTO_BENCH_DATA; ends the process with a sentence where that is not set."""
+    folder = os.environ.get("TLAUTO_BENCH_DATA")
+    if not folder:
+        parser.error("name a dataset with --data, or a folder of datasets with TLAUTO_BENCH_DATA")
+    return str(Path(folder, name))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,11 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mirror", action="store_true", help="search mirror images too")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.data is None:
-        folder = os.environ.get("TLAUTO_BENCH_DATA")
-        if not folder:
-            parser.error("name a dataset with --data, or a folder of datasets with TLAUTO_BENCH_DATA")
-        args.data = str(Path(folder, "hymenoptera"))
+    args.data = args.data or shared_dataset(parser, "hymenoptera")
     args.trials, args.rounds = (30, 1) if args.quick else (args.trials, args.rounds)
     return args
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from heads import ONE_PASS, PARAMS
+from heads import ONE_PASS, PARAMS, shared_dataset
 
 WAYS = {"sleep": "0", "1000": "1000", "5000": "5000"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -112,11 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.data is None:
-        folder = os.environ.get("TLAUTO_BENCH_DATA")
-        if not folder:
-            parser.error("name a dataset with --data, or a folder of datasets with TLAUTO_BENCH_DATA")
-        args.data = str(Path(folder, "signdigits"))
+    args.data = args.data or shared_dataset(parser, "signdigits")
     args.rounds = 1 if args.quick else args.rounds
     return args
 

@@ -173,13 +173,17 @@ def test_head_trials_are_timed_against_a_forward_pass(
 
 
 @pytest.mark.slow
-def test_ways_to_wait_are_compared(tmp_path: Path, make_patches: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kind", ["heads", "finetune"])
+def test_ways_to_wait_are_compared(kind: str, tmp_path: Path, make_patches: Callable[..., Path]) -> None:
     make_patches(tmp_path / "patches")
     done = script(
-        "waiting.py", "--data", "patches", "--no-pretrained", "--quick", "--backbone", TINY[1], cwd=tmp_path
-    )
+        "waiting.py", "--kind", kind, "--quick", "--data", "patches", "--no-pretrained",
+        "--backbone", TINY[1],
+        cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["kind"] == kind
     assert (figures["sleep_alone"], figures["sleep_beside"], figures["rounds"]) == (1, 1, 1)
     assert all(figures[f"{way}_{where}"] > 0 for way in ("1000", "5000") for where in ("alone", "beside"))
 
